@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What every layer below the public functions sees: validated, normalised, frozen arguments.
+
+The fields of a problem are, in this order, the arguments of the torch.library ops (`ops.py` derives the
+schemas from the annotations), so an argument is declared here and nowhere else.
+
+Letters: b batch, s_q/s_k lengths, t_q/t_k packed totals, h query heads, h_kv key/value heads, d head dim of
+Q and K, dv head dim of V.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionProblem:
+    """One attention call.
+
+    Effective lengths of sequence n (see `docs` of the public functions):
+        n_q = seqused_q[n], else cu_seqlens_q[n+1] - cu_seqlens_q[n], else s_q
+        n_k = (seqused_k[n], else cu_seqlens_k[n+1] - cu_seqlens_k[n], else capacity)
+              - leftpad_k[n] + appended,   appended = seqlen_k_new or the extent in cu_seqlens_k_new
+    Key j of row i is visible iff, with p = i + n_k - n_q, p - window_left <= j <= p + window_right (-1: unbounded)
+    and, with attention_chunk c > 0, j // c == p // c. A causal mask is window_right = 0.
+    """
+
+    q: Tensor  # (b, s_q, h, d), packed (t_q, h, d)
+    k: Tensor  # (b_c, s_k, h_kv, d), packed (t_k, h_kv, d), pages (num_pages, page_size, h_kv, d)
+    v: Tensor  # as k, with dv
+    qv: Tensor | None  # as q, with dv: scores gain qv @ v^T
+    cu_seqlens_q: Tensor | None  # (b + 1,) int32, as are all index tensors; q is packed
+    cu_seqlens_k: Tensor | None  # (b + 1,); k and v are packed
+    cu_seqlens_k_new: Tensor | None  # (b + 1,); extents appended to the cache by this call
+    seqused_q: Tensor | None  # (b,)
+    seqused_k: Tensor | None  # (b,); for a cache: valid slots before this call, left padding included
+    leftpad_k: Tensor | None  # (b,); slots [0, leftpad_k) are invisible
+    kv_batch_idx: Tensor | None  # (b,); row of the cache, or of the page table
+    page_table: Tensor | None  # (b_c, pages_per_sequence)
+    q_descale: Tensor | None  # (b, h_kv) or blocks of 128 rows (b, h, ceil(s_q / 128)) fp32
+    k_descale: Tensor | None  # (b, h_kv) or (b, h_kv, ceil(s_k / 128)) fp32
+    v_descale: Tensor | None  # as k_descale
+    s_aux: Tensor | None  # (h,) sink logits
+    cp_tot_seqused_k: Tensor | None  # (b,) keys of the sequence over all context-parallel ranks
+    scheduler_metadata: Tensor | None  # a hint for Hopper kernels
+    max_seqlen_q: int  # bounds launches and heuristics; no part of the meaning
+    max_seqlen_k: int
+    seqlen_k_new: int  # slots appended to every sequence (0 with cu_seqlens_k_new)
+    softmax_scale: float
+    window_left: int
+    window_right: int
+    attention_chunk: int
+    softcap: float
+    num_splits: int
+    pack_gqa: bool | None
+    deterministic: bool
+    sm_margin: int
+    cp_world_size: int
+    cp_rank: int
+    batch_invariant: bool
+    return_max_logits: bool
+    out_dtype: torch.dtype
+    backend: str
+
+    @property
+    def batch(self) -> int:
+        for lengths, extra in ((self.cu_seqlens_q, 1), (self.cu_seqlens_k, 1), (self.seqused_k, 0)):
+            if lengths is not None:
+                return lengths.shape[0] - extra
+        return self.q.shape[0]
+
+    @property
+    def num_heads(self) -> int:
+        return self.q.shape[-2]
+
+    @property
+    def num_heads_kv(self) -> int:
+        return self.k.shape[-2]
+
+    @property
+    def head_dim(self) -> int:
+        return self.q.shape[-1]
+
+    @property
+    def head_dim_v(self) -> int:
+        return self.v.shape[-1]
+
+    @property
+    def lse_shape(self) -> tuple[int, ...]:
+        """(b, h, s_q) for dense q, (h, t_q) for packed q."""
+        if self.cu_seqlens_q is None:
+            return (self.q.shape[0], self.q.shape[2], self.q.shape[1])
+        return (self.q.shape[1], self.q.shape[0])
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        return (*self.q.shape[:-1], self.v.shape[-1])
+
+    def arguments(self) -> tuple:
+        """The field values in order: the argument list of the op."""
+        return tuple(getattr(self, field.name) for field in fields(self))
+
+
+@dataclass(frozen=True, eq=False)
+class AppendProblem:
+    """Write new keys (rotated when tables are given) and values into a cache.
+
+    New key u of sequence n goes to slot cache_seqlens[n] + u, rotated for position p0 + u with
+    p0 = rotary_seqlens[n], else cache_seqlens[n].
+    """
+
+    k_cache: Tensor  # (b_c, s_c, h_kv, d) or pages (num_pages, page_size, h_kv, d); written
+    v_cache: Tensor  # as k_cache, with dv; written
+    k: Tensor  # (b, s_new, h_kv, d) or packed (t_new, h_kv, d)
+    v: Tensor
+    cache_seqlens: Tensor  # (b,) int32
+    rotary_cos: Tensor | None  # (s_ro, rotary_dim / 2)
+    rotary_sin: Tensor | None
+    rotary_seqlens: Tensor | None  # (b,)
+    kv_batch_idx: Tensor | None  # (b,)
+    page_table: Tensor | None  # (b_c, pages_per_sequence)
+    cu_seqlens_k_new: Tensor | None  # (b + 1,)
+    k_descale: Tensor | None  # (b, h_kv) or (b, h_kv, blocks): 16-bit k into an e4m3 cache
+    v_descale: Tensor | None
+    rotary_interleaved: bool
+    backend: str
+
+    def arguments(self) -> tuple:
+        return tuple(getattr(self, field.name) for field in fields(self))
