@@ -20,7 +20,7 @@ from torch import Tensor
 class AttentionProblem:
     """One attention call.
 
-    Effective lengths of sequence n (see `docs` of the public functions):
+    Effective lengths of sequence n :
         n_q = seqused_q[n], else cu_seqlens_q[n+1] - cu_seqlens_q[n], else s_q
         n_k = (seqused_k[n], else cu_seqlens_k[n+1] - cu_seqlens_k[n], else capacity)
               - leftpad_k[n] + appended,   appended = seqlen_k_new or the extent in cu_seqlens_k_new
@@ -67,10 +67,7 @@ class AttentionProblem:
 
     @property
     def batch(self) -> int:
-        for lengths, extra in ((self.cu_seqlens_q, 1), (self.cu_seqlens_k, 1), (self.seqused_k, 0)):
-            if lengths is not None:
-                return lengths.shape[0] - extra
-        return self.q.shape[0]
+        return self.q.shape[0] if self.cu_seqlens_q is None else self.cu_seqlens_q.shape[0] - 1
 
     @property
     def num_heads(self) -> int:
