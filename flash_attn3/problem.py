@@ -2,7 +2,7 @@
 """What every layer below the public functions sees: validated, normalised, frozen arguments.
 
 The fields of a problem are, in this order, the arguments of the torch.library ops (`ops.py` derives the
-schemas from the annotations), so an argument is declared here and nowhere else.
+schemas from the annotations, plus the name of the backend), so an argument is declared here and nowhere else.
 
 Letters: b batch, s_q/s_k lengths, t_q/t_k packed totals, h query heads, h_kv key/value heads, d head dim of
 Q and K, dv head dim of V.
@@ -41,7 +41,7 @@ class AttentionProblem:
     kv_batch_idx: Tensor | None  # (b,); row of the cache, or of the page table
     page_table: Tensor | None  # (b_c, pages_per_sequence)
     q_descale: Tensor | None  # (b, h_kv) or blocks of 128 rows (b, h, ceil(s_q / 128)) fp32
-    k_descale: Tensor | None  # (b, h_kv) or (b, h_kv, ceil(s_k / 128)) fp32
+    k_descale: Tensor | None  # (b, h_kv) or (b, h_kv, ceil(s_k / 128)) fp32; blocks count from slot 0, left padding included
     v_descale: Tensor | None  # as k_descale
     s_aux: Tensor | None  # (h,) sink logits
     cp_tot_seqused_k: Tensor | None  # (b,) keys of the sequence over all context-parallel ranks
@@ -63,7 +63,6 @@ class AttentionProblem:
     batch_invariant: bool
     return_max_logits: bool
     out_dtype: torch.dtype
-    backend: str
 
     @property
     def batch(self) -> int:
@@ -123,7 +122,6 @@ class AppendProblem:
     k_descale: Tensor | None  # (b, h_kv) or (b, h_kv, blocks): 16-bit k into an e4m3 cache
     v_descale: Tensor | None
     rotary_interleaved: bool
-    backend: str
 
     def arguments(self) -> tuple:
         return tuple(getattr(self, field.name) for field in fields(self))
