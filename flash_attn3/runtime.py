@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Which backend serves a problem, and why not the others."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import warnings
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+
+from . import env
+from .errors import FlashAttn3ValueError, UnsupportedError, message
+from .problem import AttentionProblem
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The backend of a call, and one line for each backend that was not taken."""
+
+    backend: str
+    reasons: tuple[str, ...]
+
+
+def backend(name: str) -> ModuleType:
+    """The module that implements `name`; see `cpu` for the functions of a backend."""
+    return importlib.import_module(f".{name}", __package__)
+
+
+@functools.cache
+def _missing(name: str, device_type: str, device_index: int | None) -> str | None:
+    """Why this machine cannot run backend `name` on a device, or None; never looks at a problem."""
+    if name == "cpu":
+        return None if device_type in ("cpu", "meta") else "serves CPU tensors only"
+    if name == "hopper":
+        return _missing_hopper(device_type, device_index)
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        return f"triton cannot be imported ({error}); pip install 'flash_attn3[triton]'"
+    if device_type == "cpu" and not env.triton_interpret():
+        return "serves CPU tensors only under TRITON_INTERPRET=1"
+    if device_type not in ("cuda", "cpu", "meta"):
+        return f"does not serve {device_type} tensors"
+    return None
+
+
+def _missing_hopper(device_type: str, device_index: int | None) -> str | None:
+    if device_type != "cuda":
+        return "serves CUDA tensors of a Hopper GPU only"
+    if torch.cuda.is_available():
+        capability = torch.cuda.get_device_capability(device_index)
+        if capability != (9, 0):
+            return f"needs compute capability 9.0; this GPU has {capability[0]}.{capability[1]}"
+    return "this version has no Hopper kernels yet"
+
+
+def backends(device_type: str | None = None) -> dict[str, str | None]:
+    """Each backend, with the reason why it is unavailable on this machine, or None."""
+    if device_type is None:
+        device_type = "cuda" if torch.cuda.is_available() else "cpu"
+    return {
+        name: _missing(name, "cpu" if name == "cpu" else device_type, None) for name in env.BACKENDS
+    }
+
+
+def _candidates(device_type: str) -> tuple[str, ...]:
+    return ("hopper", "triton") if device_type == "cuda" else ("cpu",)
+
+
+def reason(name: str, p: AttentionProblem, needs_grad: bool) -> str | None:
+    """Why backend `name` does not serve `p`, or None."""
+    device = p.q.device
+    return _missing(name, device.type, device.index) or backend(name).unsupported_reason(p, needs_grad)
+
+
+def choose(fn: str, p: AttentionProblem, requested: str | None, needs_grad: bool) -> Choice:
+    """The backend that serves `p`: the requested one, else the first that can.
+
+    Raises:
+        FlashAttn3ValueError: no backend has the requested name.
+        UnsupportedError: the requested backend, or every backend, cannot serve the problem.
+    """
+    requested = requested or env.backend or None
+    if requested is not None and requested not in env.BACKENDS:
+        raise FlashAttn3ValueError(message(fn, "backend", repr(requested), "None or one of " + ", ".join(env.BACKENDS)))
+    reasons = []
+    for name in _candidates(p.q.device.type) if requested is None else (requested,):
+        why_not = reason(name, p, needs_grad)
+        if why_not is None:
+            if reasons and _is_hopper(p.q.device):
+                _warn_fallback(name, reasons[0])
+            return Choice(name, tuple(reasons))
+        reasons.append(f"{name}: {why_not}")
+    device = p.q.device
+    raise UnsupportedError(message(fn, "backend", repr(requested), f"a backend that serves this call on {device}", "; ".join(reasons)))
+
+
+@functools.cache
+def _is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability(device) == (9, 0)
+
+
+@functools.cache
+def _warn_fallback(name: str, why_not: str) -> None:
+    warnings.warn(f"flash_attn3 runs on the {name} backend. {why_not}", stacklevel=2)

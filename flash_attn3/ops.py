@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The torch.library ops `flash_attn3::*`: schemas, allocation, fakes, and the step into a backend.
+
+Schemas come from the fields of `AttentionProblem` and `AppendProblem`. Kernels only write: every output is
+allocated here, by the functions that the fakes use too, so shapes, dtypes and strides cannot differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields
+
+import torch
+from torch import Tensor
+
+from . import runtime, status
+from .problem import AppendProblem, AttentionProblem
+
+NAMESPACE = "flash_attn3"
+_SCHEMA_TYPES = {
+    "Tensor": "Tensor",
+    "Tensor | None": "Tensor?",
+    "int": "SymInt",
+    "float": "float",
+    "bool": "bool",
+    "bool | None": "bool?",
+    "torch.dtype": "ScalarType",
+}
+PROBLEM_FIELDS = tuple(field.name for field in fields(AttentionProblem))
+_NUM_PROBLEM, _NUM_APPEND = len(PROBLEM_FIELDS), len(fields(AppendProblem))
+
+library = torch.library.Library(NAMESPACE, "DEF")
+
+
+def _schema(problem: type, mutated: tuple[str, ...] = ()) -> str:
+    """The fields of `problem` and the backend's name as op arguments."""
+    arguments = []
+    for field in fields(problem):
+        kind = _SCHEMA_TYPES[field.type]
+        if field.name in mutated:
+            kind = f"Tensor({chr(ord('a') + mutated.index(field.name))}!)"
+        arguments.append(f"{kind} {field.name}")
+    return ", ".join((*arguments, "str backend"))
+
+
+def _define(name: str, schema: str, run: Callable, fake: Callable) -> None:
+    library.define(f"{name}({schema}", tags=(torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag))
+    library.impl(name, run, "CPU")
+    library.impl(name, run, "CUDA")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
+
+
+# Attention
+
+
+def _empty_lse(p: AttentionProblem) -> tuple[Tensor, Tensor]:
+    """lse, and max_logits (b, h), empty when it is not wanted."""
+    lse = p.q.new_empty(p.lse_shape, dtype=torch.float32)
+    return lse, p.q.new_empty((p.batch, p.num_heads) if p.return_max_logits else (0,), dtype=torch.float32)
+
+
+def _empty_out(p: AttentionProblem) -> Tensor:
+    return p.q.new_empty(p.out_shape, dtype=p.out_dtype)
+
+
+def _run_fwd(p: AttentionProblem, backend: str, out: Tensor) -> tuple[Tensor, Tensor]:
+    status.raise_pending(p.q.device)
+    lse, max_logits = _empty_lse(p)
+    runtime.backend(backend).fwd(p, out, lse, max_logits if p.return_max_logits else None)
+    return lse, max_logits
+
+
+def _fwd(*arguments) -> tuple[Tensor, Tensor, Tensor]:
+    p = AttentionProblem(*arguments[:_NUM_PROBLEM])
+    out = _empty_out(p)
+    return (out, *_run_fwd(p, arguments[_NUM_PROBLEM], out))
+
+
+def _fwd_fake(*arguments) -> tuple[Tensor, Tensor, Tensor]:
+    p = AttentionProblem(*arguments[:_NUM_PROBLEM])
+    return (_empty_out(p), *_empty_lse(p))
+
+
+def _fwd_out(*arguments) -> tuple[Tensor, Tensor]:
+    return _run_fwd(AttentionProblem(*arguments[:_NUM_PROBLEM]), *arguments[_NUM_PROBLEM:])
+
+
+def _fwd_out_fake(*arguments) -> tuple[Tensor, Tensor]:
+    return _empty_lse(AttentionProblem(*arguments[:_NUM_PROBLEM]))
+
+
+# Backward: gradients of q, k, v and s_aux; those not wanted are empty tensors
+
+
+def _empty_grads(p: AttentionProblem, wanted: list[bool]) -> list[Tensor]:
+    shapes = ((p.q.shape, p.q.dtype), (p.k.shape, p.k.dtype), (p.v.shape, p.v.dtype), ((p.num_heads,), torch.float32))
+    return [
+        p.q.new_empty(shape if want else (0,), dtype=dtype) for (shape, dtype), want in zip(shapes, wanted, strict=True)
+    ]
+
+
+def _bwd(*arguments) -> tuple[Tensor, ...]:
+    p = AttentionProblem(*arguments[:_NUM_PROBLEM])
+    backend, dout, out, lse, dlse, wanted = arguments[_NUM_PROBLEM:]
+    grads = _empty_grads(p, wanted)
+    _bwd_out(*arguments[:-1], *(grad if want else None for grad, want in zip(grads, wanted, strict=True)))
+    return tuple(grads)
+
+
+def _bwd_fake(*arguments) -> tuple[Tensor, ...]:
+    return tuple(_empty_grads(AttentionProblem(*arguments[:_NUM_PROBLEM]), arguments[-1]))
+
+
+def _bwd_out(*arguments) -> None:
+    p = AttentionProblem(*arguments[:_NUM_PROBLEM])
+    backend, dout, out, lse, dlse, *grads = arguments[_NUM_PROBLEM:]
+    dout = dout if dout.stride(-1) == 1 else dout.contiguous()
+    runtime.backend(backend).bwd(p, dout, out, lse, dlse, *grads)
+
+
+def _nothing(*arguments) -> None:
+    return None
+
+
+# Cache
+
+
+def _append_kv(*arguments) -> None:
+    a = AppendProblem(*arguments[:_NUM_APPEND])
+    status.raise_pending(a.k_cache.device)
+    runtime.backend(arguments[_NUM_APPEND]).append_kv(a)
+
+
+def _rotary_q(q, cos, sin, positions, cu_seqlens_q, advance, interleaved, backend) -> Tensor:
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    runtime.backend(backend).rotary_q(q, cos, sin, positions, cu_seqlens_q, advance, interleaved, out)
+    return out
+
+
+def _rotary_q_fake(q, *_) -> Tensor:
+    return torch.empty_like(q, memory_format=torch.contiguous_format)
+
+
+# Merging partial results
+
+
+def _empty_combined(out_partial: Tensor, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """out (b, s, h, d), and lse (b, s, h) as a view of (b, h, s) storage."""
+    _, b, s, h, d = out_partial.shape
+    return out_partial.new_empty((b, s, h, d), dtype=out_dtype), out_partial.new_empty((b, h, s))
+
+
+def _combine(out_partial, lse_partial, out_dtype, backend) -> tuple[Tensor, Tensor]:
+    out, lse = _empty_combined(out_partial, out_dtype)
+    runtime.backend(backend).combine(out_partial, lse_partial, out, lse.transpose(1, 2))
+    return out, lse
+
+
+def _combine_fake(out_partial, lse_partial, out_dtype, backend) -> tuple[Tensor, Tensor]:
+    return _empty_combined(out_partial, out_dtype)
+
+
+def _empty_merged(out_a: Tensor, lse_a: Tensor, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return out_a.new_empty(out_a.shape, dtype=out_dtype), lse_a.new_empty(lse_a.shape)
+
+
+def _merge_state(out_a, lse_a, out_b, lse_b, out_dtype, lse_layout, backend) -> tuple[Tensor, Tensor]:
+    out, lse = _empty_merged(out_a, lse_a, out_dtype)
+    by_row = (lambda x: x.transpose(-1, -2)) if lse_layout == "hs" else (lambda x: x)
+    runtime.backend(backend).merge_state(out_a, by_row(lse_a), out_b, by_row(lse_b), out, by_row(lse))
+    return out, lse
+
+
+def _merge_state_fake(out_a, lse_a, out_b, lse_b, out_dtype, lse_layout, backend) -> tuple[Tensor, Tensor]:
+    return _empty_merged(out_a, lse_a, out_dtype)
+
+
+def _scheduler_metadata(cache_seqlens: Tensor) -> Tensor:
+    """All zero, "no metadata": the cpu and triton backends schedule without it."""
+    return cache_seqlens.new_zeros(1 + 4 * ((cache_seqlens.shape[0] + 3) // 4 * 4))
+
+
+_problem = _schema(AttentionProblem)
+_backward = f"{_problem}, Tensor dout, Tensor out, Tensor lse, Tensor? dlse"
+_define("fwd", f"{_problem}) -> (Tensor, Tensor, Tensor)", _fwd, _fwd_fake)
+_define("fwd_out", f"{_problem}, Tensor(a!) out) -> (Tensor, Tensor)", _fwd_out, _fwd_out_fake)
+_define("bwd", f"{_backward}, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor)", _bwd, _bwd_fake)
+_define(
+    "bwd_out",
+    f"{_backward}, Tensor(a!)? dq, Tensor(b!)? dk, Tensor(c!)? dv, Tensor(d!)? dsink) -> ()",
+    _bwd_out,
+    _nothing,
+)
+_define("append_kv", f"{_schema(AppendProblem, ('k_cache', 'v_cache'))}) -> ()", _append_kv, _nothing)
+_define(
+    "rotary_q",
+    "Tensor q, Tensor cos, Tensor sin, Tensor positions, Tensor? cu_seqlens_q, bool advance, bool interleaved, "
+    "str backend) -> Tensor",
+    _rotary_q,
+    _rotary_q_fake,
+)
+_define(
+    "combine",
+    "Tensor out_partial, Tensor lse_partial, ScalarType out_dtype, str backend) -> (Tensor, Tensor)",
+    _combine,
+    _combine_fake,
+)
+_define(
+    "merge_state",
+    "Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b, ScalarType out_dtype, str lse_layout, str backend) "
+    "-> (Tensor, Tensor)",
+    _merge_state,
+    _merge_state_fake,
+)
+_define("scheduler_metadata", "Tensor cache_seqlens) -> Tensor", _scheduler_metadata, _scheduler_metadata)
+
+fwd = torch.ops.flash_attn3.fwd.default
+fwd_out = torch.ops.flash_attn3.fwd_out.default
+bwd = torch.ops.flash_attn3.bwd.default
+bwd_out = torch.ops.flash_attn3.bwd_out.default
+append_kv = torch.ops.flash_attn3.append_kv.default
+rotary_q = torch.ops.flash_attn3.rotary_q.default
+combine = torch.ops.flash_attn3.combine.default
+merge_state = torch.ops.flash_attn3.merge_state.default
+scheduler_metadata = torch.ops.flash_attn3.scheduler_metadata.default

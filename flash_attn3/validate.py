@@ -1,0 +1,337 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""From the arguments of a public function to an `AttentionProblem`: all checks, and nothing after them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import env
+from .checks import FP8, HALF_DTYPES, SINK_DTYPES, Checks, named
+from .problem import AttentionProblem, AppendProblem
+
+SCALE_BLOCK = 128  # rows that share one block scale
+HEAD_DIMS = "d == dv <= 256, or 128 < d <= 192 with 96 < dv <= 128, or d <= 64 with dv <= 512 (dv > 256: fp16, bf16)"
+
+
+def attention(
+    c: Checks,
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    out: Tensor | None = None,
+    cu_seqlens_q: Any = None,
+    cu_seqlens_k: Any = None,
+    cu_seqlens_k_new: Any = None,
+    seqused_q: Any = None,
+    seqused_k: Any = None,
+    leftpad_k: Any = None,
+    kv_batch_idx: Any = None,
+    page_table: Any = None,
+    max_seqlen_q: Any = None,
+    max_seqlen_k: Any = None,
+    seqlen_k_new: int = 0,
+    only_qv: bool = False,
+    qv: Any = None,
+    q_descale: Any = None,
+    k_descale: Any = None,
+    v_descale: Any = None,
+    s_aux: Any = None,
+    scheduler_metadata: Any = None,
+    softmax_scale: Any = None,
+    causal: Any = False,
+    window_size: Any = (-1, -1),
+    attention_chunk: Any = 0,
+    softcap: Any = 0.0,
+    num_splits: Any = 1,
+    pack_gqa: Any = None,
+    deterministic: Any = False,
+    sm_margin: Any = 0,
+    cp_world_size: Any = 1,
+    cp_rank: Any = 0,
+    cp_tot_seqused_k: Any = None,
+    batch_invariant: Any = None,
+    return_max_logits: Any = False,
+) -> AttentionProblem:
+    """Check everything about one attention call; `c.names` holds the caller's names for renamed arguments."""
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        c.tensor(name, tensor)
+    _dtypes(c, q, k, v)
+    for name, tensor in (("k", k), ("v", v)):
+        c.device(name, tensor, q)
+    _layout(c, q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, page_table)
+    _head_dims(c, q, k, v, only_qv)
+    qv = _query_values(c, qv, q, k, v)
+
+    batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
+    lengths, per_sequence = (("b + 1", batch + 1),), (("b", batch),)
+    if page_table is not None:
+        rows = batch if kv_batch_idx is None else None
+        page_table = c.index("page_table", page_table, (("b", rows), ("pages", None)), q)
+        capacity = page_table.shape[1] * k.shape[1]
+    elif cu_seqlens_k is not None:
+        capacity = k.shape[0]
+    else:
+        capacity = k.shape[1]
+        if kv_batch_idx is None and k.shape[0] != batch:
+            c.fail("k", f"shape {tuple(k.shape)}", f"batch {batch}, that of q of shape {tuple(q.shape)}")
+    left, right = c.window("window_size", window_size)
+    max_q = c.bound("max_seqlen_q", max_seqlen_q, q.shape[0] if cu_seqlens_q is not None else q.shape[1])
+    max_k = c.bound("max_seqlen_k", max_seqlen_k, capacity)
+    world = c.integer("cp_world_size", cp_world_size, 1)
+    causal = c.flag("causal", causal)
+    chunk = 0 if attention_chunk is None else c.integer("attention_chunk", attention_chunk, 0)
+    _context_parallel(c, world, cp_tot_seqused_k, left, right, causal, chunk)
+    scale_dims = q.shape[-1] + (qv.shape[-1] if qv is not None else 0)
+    if softmax_scale is None:
+        softmax_scale = 1.0 / math.sqrt(scale_dims)
+    return AttentionProblem(
+        q=_unit_stride(q),
+        k=_unit_stride(k),
+        v=_unit_stride(v),
+        qv=qv,
+        cu_seqlens_q=c.index("cu_seqlens_q", cu_seqlens_q, lengths, q),
+        cu_seqlens_k=c.index("cu_seqlens_k", cu_seqlens_k, lengths, q),
+        cu_seqlens_k_new=c.index("cu_seqlens_k_new", cu_seqlens_k_new, lengths, q),
+        seqused_q=c.index("seqused_q", seqused_q, per_sequence, q),
+        seqused_k=c.index("seqused_k", seqused_k, per_sequence, q),
+        leftpad_k=c.index("leftpad_k", leftpad_k, per_sequence, q),
+        kv_batch_idx=c.index("kv_batch_idx", kv_batch_idx, per_sequence, q),
+        page_table=page_table,
+        q_descale=_descale(c, "q_descale", q_descale, q, "q", batch, k.shape[-2], q.shape[-2], max_q),
+        k_descale=_descale(c, "k_descale", k_descale, k, "k", batch, k.shape[-2], k.shape[-2], min(max_k, capacity)),
+        v_descale=_descale(c, "v_descale", v_descale, v, "v", batch, k.shape[-2], k.shape[-2], min(max_k, capacity)),
+        s_aux=_sink(c, s_aux, q),
+        cp_tot_seqused_k=c.index("cp_tot_seqused_k", cp_tot_seqused_k, per_sequence, q),
+        scheduler_metadata=c.index("scheduler_metadata", scheduler_metadata, (("n", None),), q),
+        max_seqlen_q=max_q,
+        max_seqlen_k=max_k,
+        seqlen_k_new=seqlen_k_new,
+        softmax_scale=c.real("softmax_scale", softmax_scale, "Negate q instead of the scale"),
+        window_left=left,
+        window_right=0 if causal else right,
+        attention_chunk=chunk,
+        softcap=c.real("softcap", softcap),
+        num_splits=c.integer("num_splits", num_splits, 0, 256),
+        pack_gqa=None if pack_gqa is None else c.flag("pack_gqa", pack_gqa),
+        deterministic=c.flag("deterministic", deterministic) or torch.are_deterministic_algorithms_enabled(),
+        sm_margin=_sm_margin(c, sm_margin, q),
+        cp_world_size=world,
+        cp_rank=c.integer("cp_rank", cp_rank, 0, world - 1),
+        batch_invariant=env.batch_invariant if batch_invariant is None else c.flag("batch_invariant", batch_invariant),
+        return_max_logits=c.flag("return_max_logits", return_max_logits),
+        out_dtype=_out(c, out, q, k, v, qv),
+    )
+
+
+def _dtypes(c: Checks, q: Tensor, k: Tensor, v: Tensor) -> None:
+    """q, k, v equal (fp16, bf16, e4m3, on the CPU fp32), or 16-bit q over e4m3 k and v."""
+    accepted = (*HALF_DTYPES, FP8)
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dtype == torch.float32 and x.device.type == "cuda":
+            c.fail_type(name, "torch.float32 on cuda", f"dtype {named(accepted)}", "Cast to bfloat16")
+        c.tensor(name, x, (*accepted, torch.float32))
+    mixed = q.dtype in HALF_DTYPES and k.dtype == FP8
+    if k.dtype != q.dtype and not mixed:
+        c.fail_type("k", str(k.dtype), f"the dtype of q, {q.dtype}, or float8_e4m3fn with a 16-bit q")
+    if v.dtype != k.dtype:
+        c.fail_type("v", str(v.dtype), f"the dtype of k, {k.dtype}")
+
+
+def _layout(c: Checks, q: Tensor, k: Tensor, v: Tensor, cu_q: Any, cu_k: Any, seqused_k: Any, page_table: Any) -> None:
+    """Ranks, and the sizes that q, k and v share."""
+    for name, offsets in (("cu_seqlens_q", cu_q), ("cu_seqlens_k", cu_k)):
+        if offsets is not None:
+            c.tensor(name, offsets, (torch.int32,), "Convert with .to(torch.int32)")
+            if offsets.ndim != 1 or offsets.shape[0] < 1:
+                c.fail(name, f"shape {tuple(offsets.shape)}", "shape (b + 1,) with at least one element")
+    tokens = (("b", None), ("s_q", None)) if cu_q is None else (("t_q", None),)
+    c.shape("q", q, *tokens, ("h", None), ("d", None))
+    if page_table is not None:
+        c.tensor("page_table", page_table, (torch.int32,), "Convert with .to(torch.int32)")
+        if cu_k is not None:
+            c.fail("cu_seqlens_k", "a tensor together with page_table", "one of the two")
+        if seqused_k is None:
+            c.fail("seqused_k", None, "the lengths (b,) of the paged sequences")
+        rows: tuple[tuple[str, int | None], ...] = (("num_pages", None), ("page_size", None))
+    else:
+        rows = (("b", None), ("s_k", None)) if cu_k is None else (("t_k", None),)
+    c.shape("k", k, *rows, ("h_kv", None), ("d", q.shape[-1]), like=f"q of shape {tuple(q.shape)}")
+    sizes = tuple((letter, size) for (letter, _), size in zip((*rows, ("h_kv", None)), k.shape, strict=False))
+    c.shape("v", v, *sizes, ("dv", None), like=f"k of shape {tuple(k.shape)}")
+    if page_table is not None and k.shape[1] < 1:
+        c.fail("k", f"shape {tuple(k.shape)}", "page_size >= 1")
+    heads, heads_kv = q.shape[-2], k.shape[-2]
+    if heads_kv < 1 and heads > 0 or heads_kv > 0 and heads % heads_kv:
+        c.fail("q", f"{heads} heads", f"a multiple of the h_kv = {heads_kv} heads of k (h_kv >= 1)")
+
+
+def _head_dims(c: Checks, q: Tensor, k: Tensor, v: Tensor, only_qv: bool) -> None:
+    d, dv = q.shape[-1], v.shape[-1]
+    multiple = 16 if k.dtype == FP8 else 8
+    for name, size in (("d", d), ("dv", dv)):
+        if size < multiple or size % multiple:
+            c.fail("q" if name == "d" else "v", f"head dim {name} = {size}", f"a positive multiple of {multiple}")
+    if only_qv:
+        if not 256 <= dv <= 512 or v.dtype not in HALF_DTYPES:
+            c.fail("qv", f"head dim dv = {dv}, {v.dtype}", "256 <= dv <= 512 and dtype float16, bfloat16")
+        return
+    wide = d <= 64 and dv <= 512 and (dv <= 256 or v.dtype in HALF_DTYPES)
+    if not (d == dv <= 256 or 128 < d <= 192 and 96 < dv <= 128 or wide):
+        c.fail("v", f"head dims (d, dv) = ({d}, {dv}) of {v.dtype}", HEAD_DIMS)
+
+
+def _query_values(c: Checks, qv: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
+    if qv is None:
+        return None
+    c.tensor("qv", qv, HALF_DTYPES)
+    d, dv = q.shape[-1], v.shape[-1]
+    if d > 64 or not 256 <= dv <= 512:
+        c.fail("qv", f"a tensor with head dims (d, dv) = ({d}, {dv})", "d <= 64 and 256 <= dv <= 512")
+    c.shape("qv", qv, *zip("bshd"[-qv.ndim :], q.shape[:-1], strict=False), ("dv", dv), like=f"q of shape {tuple(q.shape)}")
+    if qv.dtype != q.dtype or k.dtype != q.dtype:
+        c.fail_type("qv", f"{qv.dtype} with q {q.dtype} and k {k.dtype}", "one 16-bit dtype for q, qv, k and v")
+    c.device("qv", qv, q)
+    return _unit_stride(qv)
+
+
+def _context_parallel(c: Checks, world: int, total: Any, left: int, right: int, causal: bool, chunk: int) -> None:
+    if world == 1:
+        return
+    if total is None:
+        c.fail("cp_tot_seqused_k", None, "int32 (b,): keys over all ranks, needed when cp_world_size > 1")
+    if left >= 0 or (right >= 0 and not causal) or chunk:
+        c.unsupported("cp_world_size", world, "no window and no attention_chunk with context parallelism")
+
+
+def _descale(
+    c: Checks, name: str, scale: Any, x: Tensor, of: str, batch: int, heads_kv: int, heads: int, length: int
+) -> Tensor | None:
+    """(b, h_kv), or one value per 128 rows (b, heads, blocks); fp32, any strides."""
+    if scale is None:
+        return None
+    c.tensor(name, scale, (torch.float32,))
+    if x.dtype != FP8:
+        c.fail(name, "a tensor", f"None, for {of} is {x.dtype} and not float8_e4m3fn")
+    c.device(name, scale, x)
+    c.no_grad("Scales have no gradient", **{name: scale})
+    if scale.ndim == 3:
+        blocks = -(-length // SCALE_BLOCK)
+        c.shape(name, scale, ("b", batch), ("heads", heads), ("blocks", None))
+        if scale.shape[2] < blocks:
+            c.fail(name, f"shape {tuple(scale.shape)}", f"at least {blocks} blocks of {SCALE_BLOCK} rows")
+    else:
+        c.shape(name, scale, ("b", batch), ("h_kv", heads_kv))
+    return scale
+
+
+def _sink(c: Checks, s_aux: Any, q: Tensor) -> Tensor | None:
+    if s_aux is None:
+        return None
+    c.tensor("s_aux", s_aux, SINK_DTYPES)
+    c.shape("s_aux", s_aux, ("h", q.shape[-2]), like=f"q of shape {tuple(q.shape)}")
+    c.device("s_aux", s_aux, q)
+    return s_aux
+
+
+def _sm_margin(c: Checks, margin: Any, q: Tensor) -> int:
+    if type(margin) is int and margin == 0:
+        return 0
+    high = None
+    if q.device.type == "cuda" and torch.cuda.is_available():
+        high = torch.cuda.get_device_properties(q.device).multi_processor_count - 1
+    return c.integer("sm_margin", margin, 0, high)
+
+
+def _out(c: Checks, out: Any, q: Tensor, k: Tensor, v: Tensor, qv: Tensor | None) -> torch.dtype:
+    """Check the caller's output tensor; return the dtype of the result."""
+    dtype = torch.bfloat16 if q.dtype == FP8 else q.dtype
+    if out is None:
+        return dtype
+    c.tensor("out", out, (dtype, torch.float32))
+    c.shape("out", out, *zip("bshd"[-q.ndim :], (*q.shape[:-1], v.shape[-1]), strict=True), like=f"q of shape {tuple(q.shape)}")
+    c.device("out", out, q)
+    c.unit_stride("out", out)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, qv)):
+        c.fail("out", "a tensor, with an input that requires grad", "no out= when gradients are needed", "Use torch.no_grad()")
+    c.writable("out", out, {"q": q, "k": k, "v": v, "qv": qv})
+    return out.dtype
+
+
+def _unit_stride(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def gradients(c: Checks, p: AttentionProblem) -> bool:
+    """Whether this call must be differentiable; refuses what has no backward."""
+    needs_grad = torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in (p.q, p.k, p.v, p.qv, p.s_aux)
+    )
+    if needs_grad:
+        hint = "Use torch.no_grad()"
+        for name, present in (
+            ("qv", p.qv is not None),
+            ("page_table", p.page_table is not None),
+            ("leftpad_k", p.leftpad_k is not None),
+            ("kv_batch_idx", p.kv_batch_idx is not None),
+            ("cp_world_size", p.cp_world_size > 1),
+            ("k", p.k.dtype == FP8),
+        ):
+            if present:
+                c.unsupported(name, "given, with an input that requires grad", "no gradient through this call", hint)
+    return needs_grad
+
+
+def append(
+    c: Checks, p: AttentionProblem, k: Any, v: Any, cos: Any, sin: Any, rotary_seqlens: Any, interleaved: Any
+) -> AppendProblem:
+    """The write of new keys and values into the cache of `p`."""
+    cache_dtype = p.k.dtype
+    dtypes = (cache_dtype, *((p.q.dtype,) if cache_dtype == FP8 and p.q.dtype != FP8 else ()))
+    tokens = (("b", p.batch), ("s_new", p.seqlen_k_new)) if p.cu_seqlens_k_new is None else (("t_new", k.shape[0]),)
+    own = Checks(c.fn)
+    for name, x, size in (("k", k, p.head_dim), ("v", v, p.head_dim_v)):
+        own.tensor(name, x, dtypes)
+        own.shape(name, x, *tokens, ("h_kv", p.num_heads_kv), ("d" if name == "k" else "dv", size), like="the cache")
+        own.device(name, x, p.q)
+    if v.dtype != k.dtype:
+        own.fail_type("v", str(v.dtype), f"the dtype of k, {k.dtype}")
+    _rotary(own, cos, sin, p.q)
+    return AppendProblem(
+        k_cache=p.k,
+        v_cache=p.v,
+        k=_unit_stride(k),
+        v=_unit_stride(v),
+        cache_seqlens=p.seqused_k,
+        rotary_cos=None if cos is None else cos.contiguous(),
+        rotary_sin=None if sin is None else sin.contiguous(),
+        rotary_seqlens=own.index("rotary_seqlens", rotary_seqlens, (("b", p.batch),), p.q),
+        kv_batch_idx=p.kv_batch_idx,
+        page_table=p.page_table,
+        cu_seqlens_k_new=p.cu_seqlens_k_new,
+        k_descale=p.k_descale,
+        v_descale=p.v_descale,
+        rotary_interleaved=own.flag("rotary_interleaved", interleaved),
+    )
+
+
+def _rotary(c: Checks, cos: Any, sin: Any, q: Tensor) -> None:
+    if (cos is None) != (sin is None):
+        c.fail("rotary_sin" if sin is None else "rotary_cos", None, "both rotary_cos and rotary_sin, or neither")
+    if cos is None:
+        return
+    for name, table in (("rotary_cos", cos), ("rotary_sin", sin)):
+        c.tensor(name, table, tuple({q.dtype, torch.float32} - {FP8}))
+        c.shape(name, table, ("s_ro", cos.shape[0]), ("rotary_dim / 2", cos.shape[1] if cos.ndim == 2 else None))
+        c.device(name, table, q)
+    if sin.dtype != cos.dtype:
+        c.fail_type("rotary_sin", str(sin.dtype), f"the dtype of rotary_cos, {cos.dtype}")
+    if not 0 < 2 * cos.shape[1] <= q.shape[-1]:
+        c.fail("rotary_cos", f"shape {tuple(cos.shape)}", f"0 < rotary_dim <= d = {q.shape[-1]}")
+    c.no_grad("Rotary tables have no gradient", rotary_cos=cos, rotary_sin=sin)
+    if q.dtype == FP8:
+        c.unsupported("rotary_cos", "a tensor with e4m3 q", "16-bit or fp32 q for a rotation inside the call", "Rotate before quantising")
