@@ -105,7 +105,7 @@ for _name in ("rotary_q", "combine"):
 
 
 def unpack(q: Tensor | None, packed: Tensor, num_heads_q: int | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Views of q, k, v: packed is (b, s, 3, h, d), (b, s, h + 2 * h_kv, d) with num_heads_q, or (b, s_k, 2, h_kv, d)."""
+    """Views q, k, v of (b, s, 3, h, d), of (b, s, h + 2 * h_kv, d) with num_heads_q, or with q of (b, s_k, 2, h_kv, d)."""
     if q is not None:
         return (q, *packed.unbind(2))
     if num_heads_q is None:
@@ -210,7 +210,7 @@ for _op in (ops.fwd, ops.bwd, ops.rotary_q, ops.combine, ops.merge_state, ops.sc
 
 def _attention_flops(*shapes, **_) -> int:
     """All s_q * s_k pairs and no discount for a mask, as torch counts SDPA; packed batches by their length bounds."""
-    q, k, v = shapes[:3]
+    q, _, v = shapes[:3]
     cu_seqlens_q = shapes[PROBLEM_FIELDS.index("cu_seqlens_q")]
     max_q, max_k = shapes[_NUM_TENSORS], shapes[_NUM_TENSORS + 1]
     batch = q[0] if cu_seqlens_q is None else cu_seqlens_q[0] - 1

@@ -52,7 +52,7 @@ class Checks:
         """bool, numpy bool, or 0 / 1."""
         if value is True or value is False:
             return value
-        if isinstance(value, Tensor) or not hasattr(value, "__index__") and type(value).__name__ != "bool":
+        if isinstance(value, Tensor) or (not hasattr(value, "__index__") and type(value).__name__ != "bool"):
             self.fail_type(argument, repr(value), "a bool")
         if value not in (0, 1):
             self.fail(argument, repr(value), "a bool, 0 or 1")
@@ -96,7 +96,11 @@ class Checks:
             return default
         if isinstance(value, Tensor):
             if value.ndim != 0 or value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
-                self.fail_type(argument, f"a {value.dtype} tensor of shape {tuple(value.shape)}", "an int or a 0-dim integer tensor")
+                self.fail_type(
+                    argument,
+                    f"a {value.dtype} tensor of shape {tuple(value.shape)}",
+                    "an int or a 0-dim integer tensor",
+                )
             if value.device.type != "cpu" or torch.compiler.is_compiling():
                 return default
             value = int(value)
@@ -104,7 +108,9 @@ class Checks:
 
     # Tensors
 
-    def tensor(self, argument: str, value: Any, dtypes: tuple[torch.dtype, ...] | None = None, hint: str = "") -> Tensor:
+    def tensor(
+        self, argument: str, value: Any, dtypes: tuple[torch.dtype, ...] | None = None, hint: str = ""
+    ) -> Tensor:
         """A dense tensor of one of `dtypes`."""
         if not isinstance(value, Tensor):
             self.fail_type(argument, type(value).__name__, "a torch.Tensor")
@@ -123,13 +129,19 @@ class Checks:
         if not fits:
             wanted = ", ".join(letter if size is None else f"{letter}={size}" for letter, size in expected)
             trailing = "," if len(expected) == 1 else ""
-            self.fail(argument, f"shape {tuple(value.shape)}", f"shape ({wanted}{trailing})" + (f" to match {like}" if like else ""))
+            self.fail(
+                argument,
+                f"shape {tuple(value.shape)}",
+                f"shape ({wanted}{trailing})" + (f" to match {like}" if like else ""),
+            )
 
     def device(self, argument: str, value: Tensor, like: Tensor) -> None:
         if value.device != like.device:
             self.fail(argument, f"on device {value.device}", f"device {like.device}, where q is")
 
-    def index(self, argument: str, value: Any, shape: tuple[tuple[str, int | None], ...], like: Tensor) -> Tensor | None:
+    def index(
+        self, argument: str, value: Any, shape: tuple[tuple[str, int | None], ...], like: Tensor
+    ) -> Tensor | None:
         """An int32 tensor on the device of `like`; copied when it is not contiguous."""
         if value is None:
             return None
@@ -155,7 +167,11 @@ class Checks:
         extent = 1
         for stride, size in sorted(zip(out.stride(), out.shape, strict=True)):
             if size > 1 and stride < extent:
-                self.fail(argument, f"strides {out.stride()} of shape {tuple(out.shape)}", "a tensor without overlap in itself")
+                self.fail(
+                    argument,
+                    f"strides {out.stride()} of shape {tuple(out.shape)}",
+                    "a tensor without overlap in itself",
+                )
             extent += (size - 1) * stride if size > 1 else 0
         if torch.compiler.is_compiling() or out.numel() == 0:
             return

@@ -22,14 +22,18 @@ class Variable:
         value = os.environ.get(self.name, "") or self.default
         if value not in self.accepted:
             expected = "one of " + ", ".join(repr(choice) for choice in self.accepted)
-            raise FlashAttn3ValueError(message("flash_attn3", f"environment variable {self.name}", repr(value), expected))
+            raise FlashAttn3ValueError(
+                message("flash_attn3", f"environment variable {self.name}", repr(value), expected)
+            )
         return value
 
 
 VARIABLES = (
     Variable("FLASH_ATTN3_BACKEND", ("", *BACKENDS), "", "backend used when a call passes backend=None"),
     Variable("FLASH_ATTN3_BATCH_INVARIANT", ("0", "1"), "0", "value of batch_invariant when a call passes None"),
-    Variable("FLASH_ATTN3_CHECK", ("0", "1", "2", "3"), "0", "0 metadata, 1 index tensors, 2 NaN and bounds, 3 samples"),
+    Variable(
+        "FLASH_ATTN3_CHECK", ("0", "1", "2", "3"), "0", "0 metadata, 1 index tensors, 2 NaN and bounds, 3 samples"
+    ),
 )
 
 backend, _batch_invariant, _check = (variable.read() for variable in VARIABLES)

@@ -13,7 +13,7 @@ from dataclasses import fields
 import torch
 from torch import Tensor
 
-from . import runtime, status
+from . import debug, runtime, status
 from .problem import AppendProblem, AttentionProblem
 
 NAMESPACE = "flash_attn3"
@@ -55,12 +55,12 @@ def _define(name: str, schema: str, run: Callable, fake: Callable) -> None:
 
 def _empty_lse(p: AttentionProblem) -> tuple[Tensor, Tensor]:
     """lse, and max_logits (b, h), empty when it is not wanted."""
-    lse = p.q.new_empty(p.lse_shape, dtype=torch.float32)
-    return lse, p.q.new_empty((p.batch, p.num_heads) if p.return_max_logits else (0,), dtype=torch.float32)
+    max_logits_shape = (p.batch, p.num_heads) if p.return_max_logits else (0,)
+    return debug.empty(p.q, p.lse_shape, torch.float32), debug.empty(p.q, max_logits_shape, torch.float32)
 
 
 def _empty_out(p: AttentionProblem) -> Tensor:
-    return p.q.new_empty(p.out_shape, dtype=p.out_dtype)
+    return debug.empty(p.q, p.out_shape, p.out_dtype)
 
 
 def _run_fwd(p: AttentionProblem, backend: str, out: Tensor) -> tuple[Tensor, Tensor]:
@@ -95,13 +95,13 @@ def _fwd_out_fake(*arguments) -> tuple[Tensor, Tensor]:
 def _empty_grads(p: AttentionProblem, wanted: list[bool]) -> list[Tensor]:
     shapes = ((p.q.shape, p.q.dtype), (p.k.shape, p.k.dtype), (p.v.shape, p.v.dtype), ((p.num_heads,), torch.float32))
     return [
-        p.q.new_empty(shape if want else (0,), dtype=dtype) for (shape, dtype), want in zip(shapes, wanted, strict=True)
+        debug.empty(p.q, shape if want else (0,), dtype) for (shape, dtype), want in zip(shapes, wanted, strict=True)
     ]
 
 
 def _bwd(*arguments) -> tuple[Tensor, ...]:
     p = AttentionProblem(*arguments[:_NUM_PROBLEM])
-    backend, dout, out, lse, dlse, wanted = arguments[_NUM_PROBLEM:]
+    wanted = arguments[-1]
     grads = _empty_grads(p, wanted)
     _bwd_out(*arguments[:-1], *(grad if want else None for grad, want in zip(grads, wanted, strict=True)))
     return tuple(grads)

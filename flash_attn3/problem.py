@@ -41,7 +41,9 @@ class AttentionProblem:
     kv_batch_idx: Tensor | None  # (b,); row of the cache, or of the page table
     page_table: Tensor | None  # (b_c, pages_per_sequence)
     q_descale: Tensor | None  # (b, h_kv) or blocks of 128 rows (b, h, ceil(s_q / 128)) fp32
-    k_descale: Tensor | None  # (b, h_kv) or (b, h_kv, ceil(s_k / 128)) fp32; blocks count from slot 0, left padding included
+    k_descale: (
+        Tensor | None
+    )  # (b, h_kv) or (b, h_kv, ceil(s_k / 128)) fp32; blocks count from slot 0, left padding included
     v_descale: Tensor | None  # as k_descale
     s_aux: Tensor | None  # (h,) sink logits
     cp_tot_seqused_k: Tensor | None  # (b,) keys of the sequence over all context-parallel ranks

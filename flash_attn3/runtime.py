@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -61,9 +63,7 @@ def backends(device_type: str | None = None) -> dict[str, str | None]:
     """Each backend, with the reason why it is unavailable on this machine, or None."""
     if device_type is None:
         device_type = "cuda" if torch.cuda.is_available() else "cpu"
-    return {
-        name: _missing(name, "cpu" if name == "cpu" else device_type, None) for name in env.BACKENDS
-    }
+    return {name: _missing(name, "cpu" if name == "cpu" else device_type, None) for name in env.BACKENDS}
 
 
 def _candidates(device_type: str) -> tuple[str, ...]:
@@ -76,6 +76,13 @@ def reason(name: str, p: AttentionProblem, needs_grad: bool) -> str | None:
     return _missing(name, device.type, device.index) or backend(name).unsupported_reason(p, needs_grad)
 
 
+def named(fn: str, requested: str | None) -> str | None:
+    """`requested`, checked."""
+    if requested is not None and requested not in env.BACKENDS:
+        raise FlashAttn3ValueError(message(fn, "backend", repr(requested), "None or one of " + ", ".join(env.BACKENDS)))
+    return requested
+
+
 def choose(fn: str, p: AttentionProblem, requested: str | None, needs_grad: bool) -> Choice:
     """The backend that serves `p`: the requested one, else the first that can.
 
@@ -83,19 +90,53 @@ def choose(fn: str, p: AttentionProblem, requested: str | None, needs_grad: bool
         FlashAttn3ValueError: no backend has the requested name.
         UnsupportedError: the requested backend, or every backend, cannot serve the problem.
     """
-    requested = requested or env.backend or None
-    if requested is not None and requested not in env.BACKENDS:
-        raise FlashAttn3ValueError(message(fn, "backend", repr(requested), "None or one of " + ", ".join(env.BACKENDS)))
+    requested = named(fn, requested) or env.backend or None
     reasons = []
     for name in _candidates(p.q.device.type) if requested is None else (requested,):
         why_not = reason(name, p, needs_grad)
         if why_not is None:
             if reasons and _is_hopper(p.q.device):
                 _warn_fallback(name, reasons[0])
-            return Choice(name, tuple(reasons))
+            return _record(Choice(name, tuple(reasons)))
         reasons.append(f"{name}: {why_not}")
     device = p.q.device
-    raise UnsupportedError(message(fn, "backend", repr(requested), f"a backend that serves this call on {device}", "; ".join(reasons)))
+    raise UnsupportedError(
+        message(fn, "backend", repr(requested), f"a backend that serves this call on {device}", "; ".join(reasons))
+    )
+
+
+def for_device(fn: str, device: torch.device, requested: str | None) -> str:
+    """The backend of an operation that every backend of `device` has."""
+    requested = named(fn, requested) or env.backend or None
+    reasons = []
+    for name in _candidates(device.type) if requested is None else (requested,):
+        why_not = _missing(name, device.type, device.index)
+        if why_not is None:
+            return name
+        reasons.append(f"{name}: {why_not}")
+    raise UnsupportedError(
+        message(fn, "backend", repr(requested), f"a backend that serves {device}", "; ".join(reasons))
+    )
+
+
+_recorder: list[Choice] | None = None
+
+
+@contextlib.contextmanager
+def recorded_choices() -> Iterator[list[Choice]]:
+    """Collect the choices made within, for `why`."""
+    global _recorder
+    before, _recorder = _recorder, []
+    try:
+        yield _recorder
+    finally:
+        _recorder = before
+
+
+def _record(choice: Choice) -> Choice:
+    if _recorder is not None:
+        _recorder.append(choice)
+    return choice
 
 
 @functools.cache

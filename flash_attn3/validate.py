@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import env
 from .checks import FP8, HALF_DTYPES, SINK_DTYPES, Checks, named
-from .problem import AttentionProblem, AppendProblem
+from .problem import AppendProblem, AttentionProblem
 
 SCALE_BLOCK = 128  # rows that share one block scale
 HEAD_DIMS = "d == dv <= 256, or 128 < d <= 192 with 96 < dv <= 128, or d <= 64 with dv <= 512 (dv > 256: fp16, bf16)"
@@ -166,7 +166,7 @@ def _layout(c: Checks, q: Tensor, k: Tensor, v: Tensor, cu_q: Any, cu_k: Any, se
     if page_table is not None and k.shape[1] < 1:
         c.fail("k", f"shape {tuple(k.shape)}", "page_size >= 1")
     heads, heads_kv = q.shape[-2], k.shape[-2]
-    if heads_kv < 1 and heads > 0 or heads_kv > 0 and heads % heads_kv:
+    if (heads_kv < 1 and heads > 0) or (heads_kv > 0 and heads % heads_kv):
         c.fail("q", f"{heads} heads", f"a multiple of the h_kv = {heads_kv} heads of k (h_kv >= 1)")
 
 
@@ -181,7 +181,7 @@ def _head_dims(c: Checks, q: Tensor, k: Tensor, v: Tensor, only_qv: bool) -> Non
             c.fail("qv", f"head dim dv = {dv}, {v.dtype}", "256 <= dv <= 512 and dtype float16, bfloat16")
         return
     wide = d <= 64 and dv <= 512 and (dv <= 256 or v.dtype in HALF_DTYPES)
-    if not (d == dv <= 256 or 128 < d <= 192 and 96 < dv <= 128 or wide):
+    if not (d == dv <= 256 or (128 < d <= 192 and 96 < dv <= 128) or wide):
         c.fail("v", f"head dims (d, dv) = ({d}, {dv}) of {v.dtype}", HEAD_DIMS)
 
 
@@ -192,7 +192,9 @@ def _query_values(c: Checks, qv: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor
     d, dv = q.shape[-1], v.shape[-1]
     if d > 64 or not 256 <= dv <= 512:
         c.fail("qv", f"a tensor with head dims (d, dv) = ({d}, {dv})", "d <= 64 and 256 <= dv <= 512")
-    c.shape("qv", qv, *zip("bshd"[-qv.ndim :], q.shape[:-1], strict=False), ("dv", dv), like=f"q of shape {tuple(q.shape)}")
+    c.shape(
+        "qv", qv, *zip("bshd"[-qv.ndim :], q.shape[:-1], strict=False), ("dv", dv), like=f"q of shape {tuple(q.shape)}"
+    )
     if qv.dtype != q.dtype or k.dtype != q.dtype:
         c.fail_type("qv", f"{qv.dtype} with q {q.dtype} and k {k.dtype}", "one 16-bit dtype for q, qv, k and v")
     c.device("qv", qv, q)
@@ -253,11 +255,21 @@ def _out(c: Checks, out: Any, q: Tensor, k: Tensor, v: Tensor, qv: Tensor | None
     if out is None:
         return dtype
     c.tensor("out", out, (dtype, torch.float32))
-    c.shape("out", out, *zip("bshd"[-q.ndim :], (*q.shape[:-1], v.shape[-1]), strict=True), like=f"q of shape {tuple(q.shape)}")
+    c.shape(
+        "out",
+        out,
+        *zip("bshd"[-q.ndim :], (*q.shape[:-1], v.shape[-1]), strict=True),
+        like=f"q of shape {tuple(q.shape)}",
+    )
     c.device("out", out, q)
     c.unit_stride("out", out)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, qv)):
-        c.fail("out", "a tensor, with an input that requires grad", "no out= when gradients are needed", "Use torch.no_grad()")
+        c.fail(
+            "out",
+            "a tensor, with an input that requires grad",
+            "no out= when gradients are needed",
+            "Use torch.no_grad()",
+        )
     c.writable("out", out, {"q": q, "k": k, "v": v, "qv": qv})
     return out.dtype
 
@@ -334,4 +346,35 @@ def _rotary(c: Checks, cos: Any, sin: Any, q: Tensor) -> None:
         c.fail("rotary_cos", f"shape {tuple(cos.shape)}", f"0 < rotary_dim <= d = {q.shape[-1]}")
     c.no_grad("Rotary tables have no gradient", rotary_cos=cos, rotary_sin=sin)
     if q.dtype == FP8:
-        c.unsupported("rotary_cos", "a tensor with e4m3 q", "16-bit or fp32 q for a rotation inside the call", "Rotate before quantising")
+        c.unsupported(
+            "rotary_cos",
+            "a tensor with e4m3 q",
+            "16-bit or fp32 q for a rotation inside the call",
+            "Rotate before quantising",
+        )
+
+
+def backward(c: Checks, p: AttentionProblem, dout: Any, out: Any, lse: Any, dlse: Any, **grads: Any) -> None:
+    """The tensors of a backward call on `p`; `grads` are dq, dk, dv, dsink, each None or written."""
+    letters = "bshd"[-p.q.ndim :]
+    for name, x in (("dout", dout), ("out", out)):
+        c.tensor(name, x, SINK_DTYPES)
+        c.shape(name, x, *zip(letters, p.out_shape, strict=True))
+        c.device(name, x, p.q)
+    for name, x in (("softmax_lse", lse), ("dlse", dlse)):
+        if x is not None or name == "softmax_lse":
+            c.tensor(name, x, (torch.float32,))
+            c.shape(name, x, *zip("bhs"[-len(p.lse_shape) :], p.lse_shape, strict=True))
+            c.device(name, x, p.q)
+    if grads["dsink"] is not None and p.s_aux is None:
+        c.fail("s_aux", None, "the sink (h,), when dsink is given")
+    inputs = {"dout": dout, "q": p.q, "k": p.k, "v": p.v, "out": out, "softmax_lse": lse}
+    for name, like in (("dq", p.q), ("dk", p.k), ("dv", p.v), ("dsink", p.s_aux)):
+        x = grads[name]
+        if x is not None:
+            dtypes = (torch.float32,) if name == "dsink" else tuple({like.dtype, torch.float32})
+            c.tensor(name, x, dtypes)
+            c.shape(name, x, *(("size", size) for size in like.shape), like=f"{name[1:]} of shape {tuple(like.shape)}")
+            c.device(name, x, p.q)
+            c.unit_stride(name, x)
+            c.writable(name, x, inputs)
