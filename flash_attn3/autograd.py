@@ -105,7 +105,7 @@ for _name in ("rotary_q", "combine"):
 
 
 def unpack(q: Tensor | None, packed: Tensor, num_heads_q: int | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Views q, k, v of (b, s, 3, h, d), of (b, s, h + 2 * h_kv, d) with num_heads_q, or with q of (b, s_k, 2, h_kv, d)."""
+    """Views q, k, v of (b, s, 3, h, d), of (b, s, h + 2 * h_kv, d), or with q of (b, s_k, 2, h_kv, d)."""
     if q is not None:
         return (q, *packed.unbind(2))
     if num_heads_q is None:
@@ -137,14 +137,15 @@ class PackedAttention(torch.autograd.Function):
         ops.bwd_out(*arguments, dout, out, lse, dlse, *unpack(dq, dpacked, ctx.num_heads_q), dsink)
         if dsink is not None:
             dsink = dsink.to(s_aux.dtype)
-        return (*_FirstDerivative.apply(dout, dq, dpacked, dsink), *[None] * (1 + len(ctx.scalars)))
+        grads = _FirstDerivative.apply(dout, q, packed, s_aux, dq, dpacked, dsink)
+        return (*grads, *[None] * (1 + len(ctx.scalars)))
 
 
 class _FirstDerivative(torch.autograd.Function):
-    """The identity on gradients, which refuses to be differentiated."""
+    """The identity on gradients, as a function of what they came from that refuses to be differentiated."""
 
     @staticmethod
-    def forward(ctx, dout, *grads):
+    def forward(ctx, dout, q, packed, s_aux, *grads):
         return tuple(None if grad is None else grad.view_as(grad) for grad in grads)
 
     backward = staticmethod(_no_second_derivative)
@@ -169,9 +170,10 @@ def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 def _autocast(x: Tensor | None) -> Tensor | None:
-    if not isinstance(x, Tensor) or x.dtype != torch.float32 or not torch.is_autocast_enabled(x.device.type):
+    if not isinstance(x, Tensor) or x.dtype != torch.float32 or x.device.type not in ("cpu", "cuda"):
         return x
-    return x.to(torch.get_autocast_dtype(x.device.type))
+    device_type = x.device.type
+    return x.to(torch.get_autocast_dtype(device_type)) if torch.is_autocast_enabled(device_type) else x
 
 
 def _fwd_autocast(*arguments):

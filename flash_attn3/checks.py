@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 import numbers
 import operator
 from typing import Any, NoReturn
@@ -14,6 +13,7 @@ from torch import Tensor
 from .errors import FlashAttn3Error, FlashAttn3TypeError, FlashAttn3ValueError, UnsupportedError, message
 
 UNBOUNDED = 2**31
+MAX_FLOAT32 = torch.finfo(torch.float32).max
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 FP8 = torch.float8_e4m3fn
 SINK_DTYPES = (torch.float32, *HALF_DTYPES)
@@ -76,7 +76,7 @@ class Checks:
             where = f"a tensor on {value.device}" if isinstance(value, Tensor) else repr(value)
             self.fail_type(argument, where, expected, "Reading a tensor would synchronise: pass a Python float")
         value = float(value)
-        if not math.isfinite(value) or value < 0 or value > torch.finfo(torch.float32).max:
+        if not 0.0 <= value <= MAX_FLOAT32:
             self.fail(argument, value, expected, hint)
         return value
 

@@ -26,27 +26,44 @@ class Choice:
     reasons: tuple[str, ...]
 
 
+_loaded: dict[str, ModuleType] = {}
+
+
 def backend(name: str) -> ModuleType:
     """The module that implements `name`; see `cpu` for the functions of a backend."""
-    return importlib.import_module(f".{name}", __package__)
+    if name not in _loaded:
+        _loaded[name] = importlib.import_module(f".{name}", __package__)
+    return _loaded[name]
 
 
 @functools.cache
+def _diagnosis(name: str, device_type: str, device_index: int | None) -> str | None:
+    why_not = {"hopper": _missing_hopper, "triton": _missing_triton, "cpu": _missing_cpu}[name](
+        device_type, device_index
+    )
+    if why_not is None:
+        backend(name)
+    return why_not
+
+
+@torch.compiler.assume_constant_result
 def _missing(name: str, device_type: str, device_index: int | None) -> str | None:
     """Why this machine cannot run backend `name` on a device, or None; never looks at a problem."""
-    if name == "cpu":
-        return None if device_type in ("cpu", "meta") else "serves CPU tensors only"
-    if name == "hopper":
-        return _missing_hopper(device_type, device_index)
+    return _diagnosis(name, device_type, device_index)
+
+
+def _missing_cpu(device_type: str, device_index: int | None) -> str | None:
+    return None if device_type in ("cpu", "meta") else "serves CPU tensors only"
+
+
+def _missing_triton(device_type: str, device_index: int | None) -> str | None:
     try:
         import triton  # noqa: F401
     except ImportError as error:
         return f"triton cannot be imported ({error}); pip install 'flash_attn3[triton]'"
     if device_type == "cpu" and not env.triton_interpret():
         return "serves CPU tensors only under TRITON_INTERPRET=1"
-    if device_type not in ("cuda", "cpu", "meta"):
-        return f"does not serve {device_type} tensors"
-    return None
+    return None if device_type in ("cuda", "cpu", "meta") else f"does not serve {device_type} tensors"
 
 
 def _missing_hopper(device_type: str, device_index: int | None) -> str | None:
