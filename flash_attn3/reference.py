@@ -21,7 +21,7 @@ class Result(NamedTuple):
     out: Tensor  # (b, s_q, h, dv) or (t_q, h, dv)
     lse: Tensor  # (b, h, s_q) or (h, t_q)
     max_logits: Tensor  # (b, h)
-    num_keys: Tensor  # (b, s_q) or (t_q,): visible keys of each row, 0 where it is not covered
+    num_keys: Tensor  # (b, s_q) or (t_q,): visible keys of each row, -1 where it is not covered
 
 
 def attention(
@@ -85,7 +85,7 @@ def attention(
     num_rows, num_heads = q_rows.shape[:2]
     out = q_rows.new_zeros(num_rows, num_heads, v.shape[-1], dtype=compute)
     lse = q_rows.new_full((num_rows, num_heads), -torch.inf, dtype=compute)
-    num_keys = torch.zeros(num_rows, dtype=torch.int64, device=q.device)
+    num_keys = torch.full((num_rows,), -1, device=q.device)
     max_logits = [lse.new_empty(0, num_heads)]
     for n in range(batch):
         rows = _rows(q, n, cu_seqlens_q, seqused_q)
@@ -230,9 +230,9 @@ def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[T
 def _attend(q, k, v, qv, s_aux, mask, scale, softcap, precision) -> tuple[Tensor, Tensor, Tensor]:
     """One sequence: q (n_q, h, d), k and v (n_k, h_kv, d|dv), mask (n_q, n_k) to (n_q, h, dv), (n_q, h), (h,)."""
     group = q.shape[1] // max(k.shape[1], 1)
-    seen = mask.any(0)[:, None, None]
+    looks, seen = mask.any(1)[:, None, None], mask.any(0)[:, None, None]
+    q, qv = (None if x is None else torch.where(looks, x, 0.0) for x in (q, qv))  # unseen NaN must not meet a 0
     k, v = (torch.where(seen, x, 0.0).repeat_interleave(group, 1) for x in (k, v))
-
     scores = _Round.apply(torch.einsum("qhd,khd->hqk", q, k), precision)
     if qv is not None:
         scores = _Round.apply(scores + _Round.apply(torch.einsum("qhd,khd->hqk", qv, v), precision), precision)
@@ -259,7 +259,7 @@ def _attend(q, k, v, qv, s_aux, mask, scale, softcap, precision) -> tuple[Tensor
 
 
 def _weighted_sum(probs: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """probs (h, n_q, n_k) times v (n_k, h, dv) over visible pairs only: an unseen NaN or inf must not meet a 0."""
+    """probs (h, n_q, n_k) times v (n_k, h, dv) over visible pairs only, by selection where v is not finite."""
     finite = v.isfinite()
     out = torch.einsum("hqk,khd->qhd", probs, torch.where(finite, v, 0.0))
     for j in (~finite).flatten(1).any(1).nonzero()[:, 0]:

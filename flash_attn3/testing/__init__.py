@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Tools for tests of attention: inputs, the bounds that results must keep, comparison with the oracle, cases to try.
+
+A *case* is a dict of arguments of `reference.attention`; `call` hands it to the public function that it fits:
+
+    case = make_inputs("varlen", dtype=torch.bfloat16) | {"causal": True}
+    GradCheck(case).check(call)
+"""
+
+from .bounds import GradCheck, assert_bounded, assert_lse, bitwise_equal, max_error, rmse
+from .cases import boundary_sizes, call, pairwise, sizes
+from .inputs import lengths, make_inputs, offsets, poison, restrided, values
+
+__all__ = [
+    "GradCheck",
+    "assert_bounded",
+    "assert_lse",
+    "bitwise_equal",
+    "boundary_sizes",
+    "call",
+    "lengths",
+    "make_inputs",
+    "max_error",
+    "offsets",
+    "pairwise",
+    "poison",
+    "restrided",
+    "rmse",
+    "sizes",
+    "values",
+]

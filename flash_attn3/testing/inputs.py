@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Random arguments of attention, in every layout of keys and with NaN wherever nobody looks."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import reference
+
+
+def values(shape: tuple[int, ...], dtype: torch.dtype, distribution: str = "normal", seed: int = 0) -> Tensor:
+    """Random values: normal, paper (N(0,1) + N(0,100) Bernoulli(0.001)), huge (N(0, 30^2)) or constant."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(shape, generator=generator)
+    if distribution == "paper":
+        outliers = torch.rand(shape, generator=generator) < 0.001
+        x = x + 10 * outliers * torch.randn(shape, generator=generator)
+    elif distribution == "huge":
+        x = 30 * x
+    elif distribution == "constant":
+        x = torch.full(shape, 0.5)
+    return x.to(dtype)
+
+
+def lengths(batch: int, most: int, seed: int = 0, least: int = 0) -> Tensor:
+    """(batch,) int32 lengths in [least, most], one of them `most`, small ones and bounds more likely."""
+    rng = random.Random(seed)
+    drawn = [rng.choice([least, min(least + 1, most), most, rng.randint(least, most)]) for _ in range(batch)]
+    if drawn:
+        drawn[rng.randrange(batch)] = most
+    return torch.tensor(drawn, dtype=torch.int32)
+
+
+def offsets(extents: Tensor) -> Tensor:
+    """(b + 1,) int32 cu_seqlens of the given extents."""
+    return torch.cat([extents.new_zeros(1), extents.cumsum(0)]).int()
+
+
+def restrided(x: Tensor, seed: int = 0) -> Tensor:
+    """The values of x as a view into larger NaN-filled storage: dims reordered, padded, offset; last stride 1."""
+    rng = random.Random(seed)
+    leading = list(range(x.ndim - 1))
+    rng.shuffle(leading)
+    order = [*leading, x.ndim - 1]
+    starts = [rng.randint(0, 2) for _ in order]
+    starts[-1] *= 8
+    ends = [
+        start + x.shape[dim] + rng.randint(0, 1) * (8 if dim == x.ndim - 1 else 1)
+        for start, dim in zip(starts, order, strict=True)
+    ]
+    storage = torch.full(ends, torch.nan).to(device=x.device, dtype=x.dtype)
+    window = storage[tuple(slice(start, start + x.shape[dim]) for start, dim in zip(starts, order, strict=True))]
+    return window.permute([order.index(dim) for dim in range(x.ndim)]).copy_(x)
+
+
+def make_inputs(
+    layout: str = "dense",
+    *,
+    batch: int = 2,
+    seqlen_q: int = 33,
+    seqlen_k: int = 65,
+    num_heads: int = 4,
+    num_heads_kv: int = 2,
+    head_dim: int = 64,
+    head_dim_v: int | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    distribution: str = "normal",
+    sink: bool = False,
+    qv: bool = False,
+    page_size: int = 16,
+    strided: bool = False,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Tensors of a case. Whatever no row can see is NaN, and unused table entries are -1 or huge.
+
+    dense: (b, s, h, d). varlen: packed, ragged lengths, zeros among them. padded: packed, and only part of each
+    extent used. cache: rows of a larger cache picked by kv_batch_idx, with lengths and left padding. paged: pages
+    in random order.
+    """
+    dv = head_dim if head_dim_v is None else head_dim_v
+    case: dict[str, Any] = {}
+    rows = (batch, seqlen_q)
+    slots = (batch, seqlen_k)
+    if layout in ("varlen", "padded"):
+        extent_q, extent_k = lengths(batch, seqlen_q, seed), lengths(batch, seqlen_k, seed + 1)
+        if layout == "padded":
+            case |= {"seqused_q": extent_q, "seqused_k": extent_k}
+            extent_q, extent_k = extent_q + lengths(batch, 5, seed + 2), extent_k + lengths(batch, 7, seed + 3)
+        case |= {"cu_seqlens_q": offsets(extent_q), "cu_seqlens_k": offsets(extent_k)}
+        rows, slots = (int(extent_q.sum()),), (int(extent_k.sum()),)
+    elif layout == "cache":
+        case["seqused_k"] = lengths(batch, seqlen_k, seed)
+        case["leftpad_k"] = (
+            torch.rand(batch, generator=torch.Generator().manual_seed(seed)) * case["seqused_k"] / 2
+        ).int()
+        case["kv_batch_idx"] = _permutation(batch + 2, seed)[:batch]
+        slots = (batch + 2, seqlen_k + 3)
+    elif layout == "paged":
+        case["seqused_k"] = lengths(batch, seqlen_k, seed)
+        case["page_table"], num_pages = _page_table(case["seqused_k"], seqlen_k, page_size, seed)
+        slots = (num_pages, page_size)
+    shapes = {"q": (*rows, num_heads, head_dim), "k": (*slots, num_heads_kv, head_dim), "v": (*slots, num_heads_kv, dv)}
+    if qv:
+        shapes["qv"] = (*rows, num_heads, dv)
+    tensors = {
+        name: values(shape, dtype, distribution, seed + 10 * i) for i, (name, shape) in enumerate(shapes.items())
+    }
+    case = poison(tensors | case)
+    if strided:
+        case |= {name: restrided(case[name], seed + i) for i, name in enumerate(shapes)}
+    if sink:
+        case["s_aux"] = values((num_heads,), torch.float32, seed=seed + 7)
+    return case
+
+
+def _permutation(n: int, seed: int) -> Tensor:
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed)).int()
+
+
+def _page_table(used: Tensor, seqlen_k: int, page_size: int, seed: int) -> tuple[Tensor, int]:
+    """(b, pages + 1) int32 table over twice the pages in use, and their number."""
+    width = -(-seqlen_k // page_size) + 1
+    num_used = -(-used // page_size)
+    num_pages = 2 * int(num_used.sum()) + 1
+    table = torch.where(torch.arange(width) % 2 == 0, -1, 2**30).int().repeat(len(used), 1)
+    pages = iter(_permutation(num_pages, seed).tolist())
+    for n, count in enumerate(num_used.tolist()):
+        table[n, :count] = torch.tensor(list(itertools.islice(pages, count)), dtype=torch.int32)
+    return table, num_pages
+
+
+def poison(case: dict[str, Any], value: float = math.nan) -> dict[str, Any]:
+    """The case with `value` in every query row that sees nothing and every key and value that no row sees."""
+    tensors = {"q", "k", "v", "qv", "s_aux", "q_descale", "k_descale", "v_descale", "k_new", "v_new"}
+    masks = {name: argument for name, argument in case.items() if name not in tensors}
+    q, v = case.get("q", case.get("qv")), case["v"]
+    ones = torch.ones(*v.shape[:-1], 1, device=v.device, requires_grad=True)
+    result = reference.attention(
+        q.new_zeros(*q.shape[:-1], 1, dtype=torch.float32), torch.zeros_like(ones), ones, **masks
+    )
+    result.out.sum().backward()  # uniform weights: the gradient of a value is positive where some row sees it
+    blind, unseen = result.num_keys <= 0, ones.grad.sum(-2)[..., 0] == 0
+
+    def fill(x: Tensor, rows: Tensor) -> Tensor:
+        return x.float().masked_fill(rows[..., None, None], value).to(x.dtype)
+
+    filled = {name: fill(case[name], blind) for name in ("q", "qv") if case.get(name) is not None}
+    return case | filled | {name: fill(case[name], unseen) for name in ("k", "v") if case.get(name) is not None}
