@@ -219,11 +219,11 @@ def _attention_flops(*shapes, **_) -> int:
     return 2 * batch * q[-2] * max_q * max_k * (q[-1] + v[-1])
 
 
-@register_flop_formula(torch.ops.flash_attn3.fwd)
+@register_flop_formula(ops.fwd.overloadpacket)
 def _fwd_flops(*shapes, out_shape=None, **kwargs) -> int:
     return _attention_flops(*shapes)
 
 
-@register_flop_formula(torch.ops.flash_attn3.bwd)
+@register_flop_formula(ops.bwd.overloadpacket)
 def _bwd_flops(*shapes, out_shape=None, **kwargs) -> int:
     return _attention_flops(*shapes) * 5 // 2

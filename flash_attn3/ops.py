@@ -16,7 +16,7 @@ from torch import Tensor
 from . import debug, runtime, status
 from .problem import AppendProblem, AttentionProblem
 
-NAMESPACE = "flash_attn3"
+NAMESPACE = __package__.replace(".", "_")  # "flash_attn3"; a renamed copy of the package has ops of its own
 _SCHEMA_TYPES = {
     "Tensor": "Tensor",
     "Tensor | None": "Tensor?",
@@ -214,12 +214,13 @@ _define(
 )
 _define("scheduler_metadata", "Tensor cache_seqlens) -> Tensor", _scheduler_metadata, _scheduler_metadata)
 
-fwd = torch.ops.flash_attn3.fwd.default
-fwd_out = torch.ops.flash_attn3.fwd_out.default
-bwd = torch.ops.flash_attn3.bwd.default
-bwd_out = torch.ops.flash_attn3.bwd_out.default
-append_kv = torch.ops.flash_attn3.append_kv.default
-rotary_q = torch.ops.flash_attn3.rotary_q.default
-combine = torch.ops.flash_attn3.combine.default
-merge_state = torch.ops.flash_attn3.merge_state.default
-scheduler_metadata = torch.ops.flash_attn3.scheduler_metadata.default
+_ops = getattr(torch.ops, NAMESPACE)
+fwd = _ops.fwd.default
+fwd_out = _ops.fwd_out.default
+bwd = _ops.bwd.default
+bwd_out = _ops.bwd_out.default
+append_kv = _ops.append_kv.default
+rotary_q = _ops.rotary_q.default
+combine = _ops.combine.default
+merge_state = _ops.merge_state.default
+scheduler_metadata = _ops.scheduler_metadata.default
