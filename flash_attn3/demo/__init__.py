@@ -101,7 +101,7 @@ def run(device: torch.device, steps: int, num_new: int, backend: str | None, out
         "decoding": {"with cache": decoded.tokens_per_second, "recompute": recomputed.tokens_per_second},
     }
     print_speeds(speeds)
-    save_plot(out / "demo.png", f"flash_attn3 {__version__}, {chosen} backend", ours, theirs, speeds)
+    save_plot(out / "flash_attn3.png", f"flash_attn3 {__version__}, {chosen} backend", ours, theirs, speeds)
     if checks.failed:
         print(f"FAILED: {', '.join(checks.failed)}")
         return 1
