@@ -53,6 +53,7 @@ def compare(shape: Shape, work: str, peers: Peers) -> Entry:
 def captured(contestant: Local) -> Local:
     """The same work replayed from a CUDA graph: what is left without the host."""
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         contestant.run()
     torch.cuda.synchronize()
