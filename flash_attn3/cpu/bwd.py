@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Backward: probabilities are recomputed tile by tile from the LSE; dk and dv are summed in fp32 over the row tiles."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..problem import AttentionProblem
+from .mask import zero_invisible_
+from .sequences import Sequence, covers_all_keys, covers_all_rows, sequences
+from .tiles import LN2, LOG2E, HeadGroup, Workspace, block_shape, is_finite, matmul, matmul_visible
+
+KEY_BLOCK = 256  # keys whose dk and dv are one contiguous matrix for each head
+BLOCK_N = 2 * KEY_BLOCK
+ACC_ELEMENTS = 1 << 22  # of dk and dv, for the heads that are processed together
+
+
+def bwd(
+    p: AttentionProblem,
+    dout: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dlse: Tensor | None,
+    dq: Tensor | None,
+    dk: Tensor | None,
+    dv: Tensor | None,
+    dsink: Tensor | None,
+) -> None:
+    batch = sequences(p)
+    if dq is not None and not covers_all_rows(p, batch):
+        dq.zero_()
+    for grad in (dk, dv):
+        if grad is not None and not covers_all_keys(p, batch):
+            grad.zero_()
+    if dsink is not None:
+        dsink.zero_()
+    work = Workspace()
+    for seq in batch:
+        num_heads_kv, block_m = _block_shape(p, seq)
+        for head_kv in range(0, p.num_heads_kv, num_heads_kv):
+            heads = HeadGroup(p, seq, head_kv, min(head_kv + num_heads_kv, p.num_heads_kv), work)
+            grads = _Gradients(heads, (dout, out, lse, dlse), (dq, dk, dv, dsink))
+            if not grads.run(block_m):
+                grads.run(block_m, select=True)
+            grads.store()
+
+
+def _block_shape(p: AttentionProblem, seq: Sequence) -> tuple[int, int]:
+    num_heads_kv, block_m = block_shape(p, seq, BLOCK_N)
+    per_head = max(seq.n_k, 1) * (p.head_dim + p.head_dim_v)
+    return max(min(num_heads_kv, ACC_ELEMENTS // per_head), 1), block_m
+
+
+class _Gradients:
+    """Gradients of a group of heads of one sequence; those that are None are not computed."""
+
+    def __init__(self, heads: HeadGroup, given: tuple[Tensor | None, ...], grads: tuple[Tensor | None, ...]) -> None:
+        self.heads, self.p, self.work = heads, heads.p, heads.work
+        self.dout, self.out, self.lse, self.dlse = given
+        self.dq, self.dk, self.dv, self.dsink = grads
+
+    def run(self, block_m: int, select: bool = False) -> bool:
+        """Whether the result holds: unless `select`, what is not finite spoils (0 * NaN) what does not see it."""
+        self.select, self.masked = select, False
+        self.acc_dk = self._zero_blocks("acc_dk", self.p.head_dim) if self.dk is not None else None
+        self.acc_dv = self._zero_blocks("acc_dv", self.p.head_dim_v) if self.dv is not None else None
+        self.acc_dsink = torch.zeros(self.heads.num_heads)
+        finite = True
+        for i0 in range(0, self.heads.seq.n_q, block_m):
+            finite = finite and self._row_tile(i0, min(i0 + block_m, self.heads.seq.n_q))
+        blocks = (self.acc_dk or []) + (self.acc_dv or [])
+        return select or not self.masked or (finite and all(is_finite(block) for block in blocks))
+
+    def store(self) -> None:
+        for grad, acc, factor in ((self.dk, self.acc_dk, self.p.softcap or LN2), (self.dv, self.acc_dv, 1.0)):
+            for block, j0 in zip(acc or [], range(0, self.heads.seq.n_k, KEY_BLOCK), strict=True):
+                self.heads.keys(grad)[:, j0 : j0 + KEY_BLOCK] = block.mul_(factor)
+        if self.dsink is not None:
+            self.dsink[self.heads.heads] += self.acc_dsink
+
+    def _zero_blocks(self, name: str, head_dim: int) -> list[Tensor]:
+        """(heads_kv, KEY_BLOCK, head_dim) for each block of keys."""
+        num_heads_kv, n_k = self.heads.num_heads_kv, self.heads.seq.n_k
+        size = num_heads_kv * head_dim
+        acc = self.work.take(name, n_k * size).zero_()
+        bounds = [(j0, min(j0 + KEY_BLOCK, n_k)) for j0 in range(0, n_k, KEY_BLOCK)]
+        return [acc[j0 * size : j1 * size].view(num_heads_kv, j1 - j0, head_dim) for j0, j1 in bounds]
+
+    def _row_tile(self, i0: int, i1: int) -> bool:
+        """Add what the rows [i0, i1) contribute; whether their dq is finite."""
+        heads, stack = self.heads, self.heads.stack
+        q, _ = heads.query_tile(i0, i1)
+        dout = heads.row_tile("dout", self.dout, i0, i1)
+        lse = heads.stats(self.lse)[:, i0:i1, None]
+        alive = lse > -torch.inf
+        lse_log2 = torch.where(alive, (lse.double() * LOG2E).float(), torch.inf)
+        delta = self._delta(dout, i0, i1)
+        if self.dsink is not None:
+            self._add_dsink(lse, delta, i0, i1)
+        if self.dq is None and self.dk is None and self.dv is None:
+            return True
+        acc_dq = heads.work.take("acc_dq", heads.num_heads, i1 - i0, self.p.head_dim).zero_()
+        first, end = heads.mask.keys(i0, i1)
+        first, end = first // KEY_BLOCK * KEY_BLOCK, min(-(-end // KEY_BLOCK) * KEY_BLOCK, heads.seq.n_k)
+        for j0 in range(first, end, BLOCK_N):
+            j1 = min(j0 + BLOCK_N, end)
+            keep = self._keep(alive, i0, i1, j0, j1)
+            k, v = heads.key_tile(j0, j1)
+            probs, tanh = self._probs(q, k, v, lse_log2, keep)
+            blocks = range(j0 // KEY_BLOCK, -(-j1 // KEY_BLOCK))
+            if self.acc_dv is not None:
+                self._add_blocks(self.acc_dv, blocks, probs, stack(dout), keep)
+            if self.dq is None and self.acc_dk is None:
+                continue
+            dscores = self._dscores(stack(dout), v, probs, delta, tanh, keep)
+            self._matmul(stack(dscores), k, keep, stack(acc_dq))
+            if self.acc_dk is not None:
+                self._add_blocks(self.acc_dk, blocks, dscores, q, keep)
+        if self.dq is not None:
+            heads.rows(self.dq)[:, i0:i1] = acc_dq.mul_(self.p.softmax_scale)
+        return not self.masked or is_finite(acc_dq)
+
+    def _delta(self, dout: Tensor, i0: int, i1: int) -> Tensor:
+        """dout . out - dlse, (heads, rows, 1)."""
+        delta = self.heads.row_tile("out", self.out, i0, i1).mul_(dout).sum(-1, keepdim=True)
+        return delta if self.dlse is None else delta - self.heads.stats(self.dlse)[:, i0:i1, None]
+
+    def _add_dsink(self, lse: Tensor, delta: Tensor, i0: int, i1: int) -> None:
+        """A row without keys has out = 0 whatever its dout, so that only dlse counts there."""
+        sink = self.p.s_aux[self.heads.heads, None, None].float()
+        weight = torch.where(sink == -torch.inf, 0.0, torch.exp(sink - lse))
+        blind = self.heads.mask.blind(i0, i1)
+        if blind is not None:
+            dlse = 0.0 if self.dlse is None else self.heads.stats(self.dlse)[:, i0:i1, None]
+            delta = torch.where(blind, -dlse, delta)
+        self.acc_dsink -= torch.where(weight == 0, 0.0, weight * delta).sum((1, 2))
+
+    def _keep(self, alive: Tensor, i0: int, i1: int, j0: int, j1: int) -> Tensor | None:
+        """The mask of a tile, without the rows whose lse is -inf; None if it hides nothing."""
+        keep = self.heads.mask.keep(i0, i1, j0, j1)
+        if not bool(alive.all()):
+            rows = alive.int().neg_()
+            keep = rows.expand(-1, -1, j1 - j0) if keep is None else rows & keep
+        self.masked |= keep is not None
+        return keep
+
+    def _probs(
+        self, q: Tensor, k: Tensor, v: Tensor, lse_log2: Tensor, keep: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Probabilities (heads, rows, keys), and tanh of the scores if they are capped."""
+        scores, tanh = self.heads.scores(q, None, k, v), None
+        if self.p.softcap:
+            tanh = torch.tanh(scores, out=self.work.take("tanh", *scores.shape))
+            torch.mul(tanh, self.p.softcap * LOG2E, out=scores)
+        probs = scores.sub_(lse_log2).exp2_()
+        if keep is not None:
+            zero_invisible_(probs, keep)
+        return probs, tanh
+
+    def _dscores(
+        self, dout: Tensor, v: Tensor, probs: Tensor, delta: Tensor, tanh: Tensor | None, keep: Tensor | None
+    ) -> Tensor:
+        """Gradients of the scaled scores, (heads, rows, keys)."""
+        dscores = self.work.take("dscores", *dout.shape[:2], v.shape[1])
+        matmul(dout, v.transpose(1, 2), dscores)
+        dscores = dscores.view(probs.shape).sub_(delta).mul_(probs)
+        if tanh is not None:
+            dscores.addcmul_(dscores, tanh.square_(), value=-1)
+        if keep is not None:
+            zero_invisible_(dscores, keep)
+        return dscores
+
+    def _add_blocks(self, acc: list[Tensor], blocks: range, a: Tensor, x: Tensor, keep: Tensor | None) -> None:
+        """acc of the given blocks of keys += a^T x, a (heads, rows, keys) and x (heads_kv, group * rows, n)."""
+        columns = self.heads.stack(a).transpose(1, 2)
+        for block, part in zip(blocks, columns.split(KEY_BLOCK, 1), strict=True):
+            start = (block - blocks[0]) * KEY_BLOCK
+            hidden = None if keep is None else keep[..., start : start + KEY_BLOCK]
+            self._matmul(part, x, hidden, acc[block], transposed=True)
+
+    def _matmul(self, a: Tensor, b: Tensor, keep: Tensor | None, acc: Tensor, transposed: bool = False) -> None:
+        """acc += a @ b, a of rows and keys, or `transposed`."""
+        if keep is None or not self.select:
+            matmul(a, b, acc, accumulate=True)
+        else:
+            visible = self.heads.stack_visible(keep)
+            matmul_visible(a, b, visible.transpose(1, 2) if transposed else visible, acc, accumulate=True)
