@@ -9,8 +9,13 @@ from pathlib import Path
 
 import torch
 
-from . import demo, env, info
+from . import demo, env, export, info
 from .errors import FlashAttn3Error
+
+EXPORTS = {
+    "export-compat": (export.compat, "write the distribution flash_attn_3, for packages that look for upstream's name"),
+    "export-hub": (export.hub, "write a kernel repository for the kernels library (LOCAL_KERNELS)"),
+}
 
 
 def positive(text: str) -> int:
@@ -35,6 +40,8 @@ def parser() -> argparse.ArgumentParser:
     commands = p.add_subparsers(dest="command", metavar="command")
     report = commands.add_parser("info", help="what is installed, which backends work here, and why others do not")
     report.add_argument("--json", action="store_true", help="machine-readable")
+    for name, (_, purpose) in EXPORTS.items():
+        commands.add_parser(name, help=purpose).add_argument("folder", type=Path, metavar="DIR", help="new or empty")
     return p
 
 
@@ -43,6 +50,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.command == "info":
         print(info.as_json() if args.json else info.as_text())
         return 0
+    if args.command in EXPORTS:
+        return run_export(args.command, args.folder)
     if missing := demo.missing_packages():
         return refuse(f"{' and '.join(missing)} missing; pip install 'flash_attn3[demo]'")
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -52,6 +61,14 @@ def main(argv: list[str] | None = None) -> int:
         return demo.run(device, args.steps, args.tokens, args.backend, args.out, args.seed)
     except (FlashAttn3Error, ValueError) as error:
         return refuse(str(error))
+
+
+def run_export(command: str, folder: Path) -> int:
+    try:
+        EXPORTS[command][0](folder)
+    except (FlashAttn3Error, OSError) as error:
+        return refuse(str(error))
+    return 0
 
 
 def refuse(message: str) -> int:
