@@ -9,7 +9,7 @@ from torch import Tensor
 from ..problem import AttentionProblem
 from .mask import zero_invisible_
 from .sequences import Sequence, covers_all_keys, covers_all_rows, sequences
-from .tiles import LN2, LOG2E, HeadGroup, Workspace, block_shape, is_finite, matmul, matmul_visible
+from .tiles import LN2, LOG2E, HeadGroup, Workspace, block_shape, is_finite, matmul, matmul_visible, row_dots
 
 KEY_BLOCK = 256  # keys whose dk and dv are one contiguous matrix for each head
 BLOCK_N = 2 * KEY_BLOCK
@@ -74,7 +74,9 @@ class _Gradients:
 
     def store(self) -> None:
         for grad, acc, factor in ((self.dk, self.acc_dk, self.p.softcap or LN2), (self.dv, self.acc_dv, 1.0)):
-            for block, j0 in zip(acc or [], range(0, self.heads.seq.n_k, KEY_BLOCK), strict=True):
+            if acc is None:
+                continue
+            for block, j0 in zip(acc, range(0, self.heads.seq.n_k, KEY_BLOCK), strict=True):
                 self.heads.keys(grad)[:, j0 : j0 + KEY_BLOCK] = block.mul_(factor)
         if self.dsink is not None:
             self.dsink[self.heads.heads] += self.acc_dsink
@@ -123,7 +125,7 @@ class _Gradients:
 
     def _delta(self, dout: Tensor, i0: int, i1: int) -> Tensor:
         """dout . out - dlse, (heads, rows, 1)."""
-        delta = self.heads.row_tile("out", self.out, i0, i1).mul_(dout).sum(-1, keepdim=True)
+        delta = row_dots(dout, self.heads.row_tile("out", self.out, i0, i1))
         return delta if self.dlse is None else delta - self.heads.stats(self.dlse)[:, i0:i1, None]
 
     def _add_dsink(self, lse: Tensor, delta: Tensor, i0: int, i1: int) -> None:
