@@ -24,6 +24,7 @@ LEFTPAD_K = tl.constexpr(status.BITS["leftpad_k"])
 PAGE_TABLE = tl.constexpr(status.BITS["page_table"])
 KV_BATCH_IDX = tl.constexpr(status.BITS["kv_batch_idx"])
 ROTARY_SEQLENS = tl.constexpr(status.BITS["rotary_seqlens"])
+CP_TOT_SEQUSED_K = tl.constexpr(status.BITS["cp_tot_seqused_k"])
 
 
 @triton.jit
@@ -36,7 +37,7 @@ def clamp(x, low, high):
 def note(status_word, bit: tl.constexpr, clamped):
     """Set `bit` in the status word (or None) where a clamp took effect."""
     if status_word is not None:
-        tl.atomic_or(status_word, bit, mask=clamped, sem="relaxed", scope="sys")
+        tl.atomic_or(status_word + clamped.to(tl.int32) * 0, bit, mask=clamped, sem="relaxed", scope="sys")
 
 
 @triton.jit
@@ -53,9 +54,10 @@ def sequence_extent(cu_seqlens, batch, total, seqlen, status_word, bit: tl.const
     """(first row, number of rows) of a sequence: of packed rows, or all `seqlen` rows of a dense tensor."""
     if cu_seqlens is None:
         return 0, seqlen
-    start = load_clamped(cu_seqlens + batch, 0, total, status_word, bit)
-    end = load_clamped(cu_seqlens + batch + 1, start, total, status_word, bit)
-    return start, end - start
+    else:
+        start = load_clamped(cu_seqlens + batch, 0, total, status_word, bit)
+        end = load_clamped(cu_seqlens + batch + 1, start, total, status_word, bit)
+        return start, end - start
 
 
 @triton.jit
@@ -63,7 +65,8 @@ def used_length(seqused, batch, capacity, status_word, bit: tl.constexpr):
     """The used part of a sequence's `capacity` rows."""
     if seqused is None:
         return capacity
-    return load_clamped(seqused + batch, 0, capacity, status_word, bit)
+    else:
+        return load_clamped(seqused + batch, 0, capacity, status_word, bit)
 
 
 @triton.jit
@@ -87,13 +90,13 @@ def row_limits(row, seqlen_q, seqlen_k, window_left, window_right, attention_chu
 @triton.jit
 def key_limits(key, seqlen_q, seqlen_k, window_left, window_right, attention_chunk):
     """Query rows [low, high) that see `key` (a scalar < seqlen_k); the inverse of `row_limits`."""
-    shift = (seqlen_q - seqlen_k).to(tl.int64)  # the row at position 0
-    low = tl.where(window_right < 0, 0, key + shift - window_right)
-    high = tl.where(window_left < 0, seqlen_q, key + shift + window_left + 1)
+    row = key.to(tl.int64) + (seqlen_q - seqlen_k)  # the row at the key's own position
+    low = tl.where(window_right < 0, 0, row - window_right)
+    high = tl.where(window_left < 0, seqlen_q, row + window_left + 1)
     if attention_chunk > 0:
-        chunk_low = (key - key % attention_chunk).to(tl.int64)
-        low = tl.maximum(low, chunk_low + shift)
-        high = tl.minimum(high, chunk_low + shift + attention_chunk)
+        chunk_low = row - key % attention_chunk
+        low = tl.maximum(low, chunk_low)
+        high = tl.minimum(high, chunk_low + attention_chunk)
     return clamp(low, 0, seqlen_q).to(tl.int32), clamp(high, 0, seqlen_q).to(tl.int32)
 
 
@@ -113,7 +116,7 @@ def block_ranges(low_first, high_first, low_last, high_last, BLOCK: tl.constexpr
 
 @triton.jit
 def tanh(x):
-    return 1 - 2 / (tl.exp2(2 * LOG2_E * x) + 1)
+    return 1 - 2 / (tl.exp2(x * (2 * LOG2_E)) + 1)
 
 
 @triton.jit
