@@ -56,11 +56,11 @@ def attend(
     return out, lse, max_logits
 
 
-def results(c: Checks, attended: tuple[Tensor, Tensor, Tensor], lse: bool, max_logits: bool) -> Result:
+def results(attended: tuple[Tensor, Tensor, Tensor], lse: bool, max_logits: bool) -> Result:
     """out, (out, lse) or (out, lse, max_logits)."""
-    if c.flag("return_max_logits", max_logits):
+    if max_logits:
         return attended
-    return attended[:2] if c.flag("return_softmax_lse", lse) else attended[0]
+    return attended[:2] if lse else attended[0]
 
 
 @accepts_aliases()
@@ -103,6 +103,7 @@ def flash_attn_func(
         with return_max_logits (out, lse, max_logits), max_logits (b, h) fp32.
     """
     c = Checks("flash_attn_func")
+    want_lse = c.any_flag(return_attn_probs=return_attn_probs, return_softmax_lse=return_softmax_lse)
     q, k, v, qv = autograd.autocast(q, k, v, qv)
     p = validate.attention(
         c,
@@ -127,8 +128,7 @@ def flash_attn_func(
         batch_invariant=batch_invariant,
         return_max_logits=return_max_logits,
     )
-    want_lse = c.flag("return_attn_probs", return_attn_probs) or return_softmax_lse
-    return results(c, attend(c, p, backend, out), want_lse, return_max_logits)
+    return results(attend(c, p, backend, out), want_lse, p.return_max_logits)
 
 
 @accepts_aliases()
@@ -189,6 +189,9 @@ def flash_attn_varlen_func(
         As `flash_attn_func`, with out (t_q, h, dv) and lse (h, t_q) for packed q.
     """
     c = Checks("flash_attn_varlen_func")
+    want_lse = c.any_flag(return_attn_probs=return_attn_probs, return_softmax_lse=return_softmax_lse)
+    if page_table is not None and seqused_k is None:
+        c.fail("seqused_k", None, "the lengths (b,) of the paged sequences")
     q, k, v, qv = autograd.autocast(q, k, v, qv)
     p = validate.attention(
         c,
@@ -224,8 +227,7 @@ def flash_attn_varlen_func(
         batch_invariant=batch_invariant,
         return_max_logits=return_max_logits,
     )
-    want_lse = c.flag("return_attn_probs", return_attn_probs) or return_softmax_lse
-    return results(c, attend(c, p, backend, out), want_lse, return_max_logits)
+    return results(attend(c, p, backend, out), want_lse, p.return_max_logits)
 
 
 @accepts_aliases()
@@ -259,7 +261,8 @@ def flash_attn_qkvpacked_func(
     Returns:
         As `flash_attn_func`.
     """
-    c = Checks("flash_attn_qkvpacked_func")
+    c = Checks("flash_attn_qkvpacked_func", dict.fromkeys(("q", "k", "v"), "qkv"))
+    want_lse = c.any_flag(return_attn_probs=return_attn_probs, return_softmax_lse=return_softmax_lse)
     (qkv,) = autograd.autocast(qkv)
     c.tensor("qkv", qkv)
     if num_heads_q is None:
@@ -276,8 +279,7 @@ def flash_attn_qkvpacked_func(
         qkv,
         num_heads_q,
         backend,
-        return_attn_probs,
-        return_softmax_lse,
+        want_lse,
         q_descale=q_descale,
         k_descale=k_descale,
         v_descale=v_descale,
@@ -326,7 +328,8 @@ def flash_attn_kvpacked_func(
     Returns:
         As `flash_attn_func`.
     """
-    c = Checks("flash_attn_kvpacked_func")
+    c = Checks("flash_attn_kvpacked_func", dict.fromkeys(("k", "v"), "kv"))
+    want_lse = c.any_flag(return_attn_probs=return_attn_probs, return_softmax_lse=return_softmax_lse)
     q, kv = autograd.autocast(q, kv)
     c.tensor("q", q)
     c.tensor("kv", kv)
@@ -337,8 +340,7 @@ def flash_attn_kvpacked_func(
         kv,
         None,
         backend,
-        return_attn_probs,
-        return_softmax_lse,
+        want_lse,
         q_descale=q_descale,
         k_descale=k_descale,
         v_descale=v_descale,
@@ -355,7 +357,7 @@ def flash_attn_kvpacked_func(
     )
 
 
-def _packed(c, q, packed, num_heads_q, backend, return_attn_probs, return_softmax_lse, **arguments) -> Result:
+def _packed(c, q, packed, num_heads_q, backend, want_lse, **arguments) -> Result:
     packed = packed if packed.stride(-1) == 1 else packed.contiguous()
     p = validate.attention(c, *autograd.unpack(q, packed, num_heads_q), **arguments)
     if validate.gradients(c, p):
@@ -363,5 +365,4 @@ def _packed(c, q, packed, num_heads_q, backend, return_attn_probs, return_softma
         attended = autograd.attend_packed(q if q is None else p.q, packed, num_heads_q, p, name)
     else:
         attended = attend(c, p, backend)
-    want_lse = c.flag("return_attn_probs", return_attn_probs) or return_softmax_lse
-    return results(c, attended, want_lse, p.return_max_logits)
+    return results(attended, want_lse, p.return_max_logits)

@@ -134,7 +134,8 @@ class PackedAttention(torch.autograd.Function):
         dpacked = torch.empty_like(packed, memory_format=torch.contiguous_format)
         dsink = None if s_aux is None else s_aux.new_empty(s_aux.shape, dtype=torch.float32)
         dout = torch.zeros_like(out) if dout is None else dout
-        ops.bwd_out(*arguments, dout, out, lse, dlse, *unpack(dq, dpacked, ctx.num_heads_q), dsink)
+        with torch.no_grad():  # grad mode is on under create_graph
+            ops.bwd_out(*arguments, dout, out, lse, dlse, *unpack(dq, dpacked, ctx.num_heads_q), dsink)
         if dsink is not None:
             dsink = dsink.to(s_aux.dtype)
         grads = _FirstDerivative.apply(dout, q, packed, s_aux, dq, dpacked, dsink)

@@ -8,11 +8,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from . import autograd, ops, runtime, validate
+from . import autograd, debug, ops, runtime, validate
 from .aliases import accepts_aliases
 from .api import Result, attend, results
 from .checks import FP8, Checks
-from .problem import AttentionProblem
+from .problem import AppendProblem, AttentionProblem
 
 CACHE_NAMES = {
     "k": "k_cache",
@@ -90,19 +90,21 @@ def flash_attn_with_kvcache(
     Returns:
         out as q with dv; with return_softmax_lse (out, lse); with return_max_logits (out, lse, max_logits).
     """
-    c = Checks("flash_attn_with_kvcache", CACHE_NAMES)
-    c.no_grad("Use torch.no_grad()", q=q, k_cache=k_cache, v_cache=v_cache)
-    Checks(c.fn).no_grad("Use torch.no_grad()", k=k, v=v, qv=qv, s_aux=s_aux)
+    new = Checks("flash_attn_with_kvcache")
+    new.no_grad("Use torch.no_grad()", q=q, k_cache=k_cache, v_cache=v_cache, k=k, v=v, qv=qv, s_aux=s_aux)
+    want_lse = new.flag("return_softmax_lse", return_softmax_lse)
+    only_qv = new.flag("only_qv", only_qv)
     if isinstance(v_cache, Tensor) and v_cache.dtype != torch.float32:
         q, k, v, qv = autograd.autocast(q, k, v, qv)
-    only_qv = c.flag("only_qv", only_qv)
+    names = CACHE_NAMES
     if only_qv:
-        Checks(c.fn).tensor("qv", qv)
-        if k is not None:
-            c.unsupported("only_qv", True, "k and v None (append to the cache in a call of its own)")
+        if k is not None or v is not None:
+            new.unsupported("only_qv", True, "k and v None (append to the cache in a call of its own)")
+        names = CACHE_NAMES | {"q": "qv", "k": "v_cache"}
         q, k_cache, qv, k_descale = qv, v_cache, None, v_descale
     attended = attend_cache(
-        c,
+        Checks(new.fn, names),
+        new,
         q,
         k_cache,
         v_cache,
@@ -111,7 +113,7 @@ def flash_attn_with_kvcache(
         rotary=(rotary_cos, rotary_sin, rotary_seqlens, rotary_interleaved),
         backend=backend,
         out=out,
-        cache_seqlens=cache_seqlens,
+        seqused_k=cache_seqlens,
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k_new=cu_seqlens_k_new,
         leftpad_k=cache_leftpad,
@@ -140,72 +142,46 @@ def flash_attn_with_kvcache(
         batch_invariant=batch_invariant,
         return_max_logits=return_max_logits,
     )
-    return results(c, attended, return_softmax_lse, return_max_logits)
+    return results(attended, want_lse, bool(return_max_logits))
 
 
 def attend_cache(
-    c: Checks, q, k_cache, v_cache, k, v, *, rotary: tuple, backend, out, cache_seqlens, cu_seqlens_k_new, **arguments
+    c: Checks, new: Checks, q, k_cache, v_cache, k, v, *, rotary: tuple, backend, out, cu_seqlens_k_new, **arguments
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Append k and v (if given), rotate, attend: (out, lse, max_logits)."""
-    new = Checks(c.fn)
+    """Append k and v (if given), rotate, attend: (out, lse, max_logits). `new` has the names of what is appended."""
     if (k is None) != (v is None):
         new.fail("v" if v is None else "k", None, "both k and v, or neither")
-    seqlen_new = 0
+    *tables, interleaved = rotary
+    interleaved = new.flag("rotary_interleaved", interleaved)
     if k is None:
-        cu_seqlens_k_new = None
-        if rotary[0] is not None or rotary[1] is not None:
-            new.fail("rotary_cos", "a tensor without k", "None, or k and v to append", "Rotate q before the call")
-    else:
-        new.tensor("k", k)
-        new.tensor("v", v)
-        if k.ndim != (4 if cu_seqlens_k_new is None else 3):
-            new.fail("k", f"shape {tuple(k.shape)}", "(b, s_new, h_kv, d), or (t_new, h_kv, d) with cu_seqlens_k_new")
-        if cache_seqlens is None:
-            c.fail("seqused_k", None, "the number of valid slots, when k is given")
-        seqlen_new = k.shape[1] if cu_seqlens_k_new is None else 0
-        for name, cache in (("k", k_cache), ("v", v_cache)):
-            c.unit_stride(name, c.tensor(name, cache))
-    cache_seqlens = _cache_seqlens(c, cache_seqlens, q, k_cache, seqlen_new, arguments)
-    p = validate.attention(
-        c,
-        q,
-        k_cache,
-        v_cache,
-        out=out,
-        seqused_k=cache_seqlens,
-        cu_seqlens_k_new=cu_seqlens_k_new,
-        seqlen_k_new=seqlen_new,
-        **arguments,
-    )
-    if k is not None:
-        p = _append(c, p, k, v, rotary, backend)
-    return attend(c, p, backend, out)
+        for name, table in zip(("rotary_cos", "rotary_sin", "rotary_seqlens"), tables, strict=True):
+            if table is not None:
+                new.fail(name, "a tensor without k", "None, or k and v to append", "Rotate q before the call")
+        p = validate.attention(c, q, k_cache, v_cache, out=out, **arguments)
+        return attend(c, p, backend, out)
+    new.tensor("k", k)
+    if k.ndim != (4 if cu_seqlens_k_new is None else 3):
+        new.fail("k", f"shape {tuple(k.shape)}", "(b, s_new, h_kv, d), or (t_new, h_kv, d) with cu_seqlens_k_new")
+    if arguments["seqused_k"] is None:
+        c.fail("seqused_k", None, "the number of valid slots, when k is given")
+    seqlen_new = k.shape[1] if cu_seqlens_k_new is None else 0
+    extents = dict(cu_seqlens_k_new=cu_seqlens_k_new, seqlen_k_new=seqlen_new)
+    p = validate.attention(c, q, k_cache, v_cache, out=out, **extents, **arguments)
+    a = validate.append(new, p, k, v, *tables, interleaved)
+    for name, cache in (("k", k_cache), ("v", v_cache)):
+        c.unit_stride(name, cache)
+        c.writable(name, cache, {})
+    if out is not None:
+        new.writable("out", out, {"k": k, "v": v, "rotary_cos": tables[0], "rotary_sin": tables[1]})
+    return attend(c, _append(c, p, a, backend), backend, out)
 
 
-def _cache_seqlens(c: Checks, value, q, k_cache, seqlen_new: int, arguments: dict):
-    """An integer length as a tensor (b,), checked against the capacity of the cache."""
-    page_table = arguments["page_table"]
-    if isinstance(value, Tensor) or (value is None and page_table is None):
-        return value
-    c.tensor("q", q)
-    c.tensor("k", k_cache)
-    capacity = k_cache.shape[1] if page_table is None else page_table.shape[-1] * k_cache.shape[1]
-    cu_seqlens_q = arguments["cu_seqlens_q"]
-    batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
-    length = capacity if value is None else c.integer("seqused_k", value, 0)
-    if length + seqlen_new > capacity:
-        new = f" + {seqlen_new} new" if seqlen_new else ""
-        c.fail("seqused_k", f"{length}{new}", f"at most {capacity}, the capacity of the cache")
-    return torch.full((batch,), length, dtype=torch.int32, device=q.device)
-
-
-def _append(c: Checks, p: AttentionProblem, k, v, rotary: tuple, backend: str | None) -> AttentionProblem:
-    """Write k and v into the cache; return the problem with q rotated."""
-    cos, sin, rotary_seqlens, interleaved = rotary
-    a = validate.append(c, p, k, v, cos, sin, rotary_seqlens, interleaved)
+def _append(c: Checks, p: AttentionProblem, a: AppendProblem, backend: str | None) -> AttentionProblem:
+    """Write the new keys and values into the cache; return the problem with q rotated."""
     name = runtime.choose(c.fn, p, backend, False).backend
+    debug.before(c, p)
     ops.append_kv(*a.arguments(), name)
-    if cos is None:
+    if a.rotary_cos is None:
         return p
     positions = p.seqused_k if a.rotary_seqlens is None else a.rotary_seqlens
     advance = p.window_left >= 0 or p.window_right >= 0
@@ -273,12 +249,12 @@ def get_scheduler_metadata(
         c.integer("page_size", page_size, 1)
     c.integer("max_seqlen_k_new", max_seqlen_k_new, 0)
     c.window("window_size", window_size)
-    c.integer("attention_chunk", attention_chunk or 0, 0)
+    c.integer("attention_chunk", 0 if attention_chunk is None else attention_chunk, 0)
     c.integer("num_splits", num_splits, 0, 256)
     c.integer("sm_margin", sm_margin, 0)
     for name, value in (("causal", causal), ("has_softcap", has_softcap)):
         c.flag(name, value)
     for name, value in (("pack_gqa", pack_gqa), ("batch_invariant", batch_invariant)):
-        c.flag(name, bool(value) if value is None else value)
+        c.flag(name, False if value is None else value)
     runtime.named(c.fn, backend)
     return ops.scheduler_metadata(cache_seqlens)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 import operator
 from typing import Any, NoReturn
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from .errors import FlashAttn3Error, FlashAttn3TypeError, FlashAttn3ValueError, UnsupportedError, message
 
-UNBOUNDED = 2**31
+INT32_MAX = 2**31 - 1
 MAX_FLOAT32 = torch.finfo(torch.float32).max
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 FP8 = torch.float8_e4m3fn
@@ -21,6 +22,21 @@ SINK_DTYPES = (torch.float32, *HALF_DTYPES)
 
 def named(dtypes: tuple[torch.dtype, ...]) -> str:
     return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
+def received(value: Any) -> str:
+    """A value as messages show it; the contents of a tensor are never read."""
+    return f"a {value.dtype} tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+
+
+def as_index(value: Any) -> int | None:
+    """`operator.index`, or None for what is no integer: bool, tensors and arrays among others."""
+    if isinstance(value, (bool, Tensor)):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
 
 
 class Checks:
@@ -52,30 +68,37 @@ class Checks:
         """bool, numpy bool, or 0 / 1."""
         if value is True or value is False:
             return value
-        if isinstance(value, Tensor) or (not hasattr(value, "__index__") and type(value).__name__ != "bool"):
-            self.fail_type(argument, repr(value), "a bool")
-        if value not in (0, 1):
-            self.fail(argument, repr(value), "a bool, 0 or 1")
-        return bool(value)
+        number = int(value) if type(value).__name__ in ("bool", "bool_") else as_index(value)
+        if number is None:
+            self.fail_type(argument, received(value), "a bool")
+        if number not in (0, 1):
+            self.fail(argument, number, "a bool, 0 or 1")
+        return bool(number)
 
-    def integer(self, argument: str, value: Any, low: int, high: int | None = None) -> int:
+    def any_flag(self, **flags: Any) -> bool:
+        """Whether one is set; all are checked."""
+        return True in [self.flag(argument, value) for argument, value in flags.items()]
+
+    def integer(self, argument: str, value: Any, low: int, high: int | None = INT32_MAX) -> int:
         """An integer, also of numpy, in [low, high]."""
         expected = f"an integer >= {low}" if high is None else f"an integer in [{low}, {high}]"
-        if type(value) is not int and not isinstance(value, torch.SymInt):
-            if isinstance(value, (Tensor, bool)) or not hasattr(value, "__index__"):
-                self.fail_type(argument, repr(value), expected)
-            value = operator.index(value)
-        if value < low or (high is not None and value > high):
-            self.fail(argument, value, expected)
-        return value
+        number = value if type(value) is int or isinstance(value, torch.SymInt) else as_index(value)
+        if number is None:
+            self.fail_type(argument, received(value), expected)
+        if number < low or (high is not None and number > high):
+            self.fail(argument, number, expected)
+        return number
 
     def real(self, argument: str, value: Any, hint: str = "") -> float:
         """A real number that is finite and >= 0 as float32."""
         expected = "a finite number >= 0 (as float32)"
         if isinstance(value, (Tensor, bool)) or not isinstance(value, numbers.Real):
-            where = f"a tensor on {value.device}" if isinstance(value, Tensor) else repr(value)
-            self.fail_type(argument, where, expected, "Reading a tensor would synchronise: pass a Python float")
-        value = float(value)
+            hint = "Reading a tensor would synchronise: pass a Python float" if isinstance(value, Tensor) else ""
+            self.fail_type(argument, received(value), expected, hint)
+        try:
+            value = float(value)
+        except OverflowError:
+            value = math.inf
         if not 0.0 <= value <= MAX_FLOAT32:
             self.fail(argument, value, expected, hint)
         return value
@@ -85,10 +108,17 @@ class Checks:
         if value is None:
             return (-1, -1)
         expected = "a pair (left, right) of integers >= -1"
-        if not isinstance(value, (tuple, list)) or len(value) != 2:
+        if not isinstance(value, (tuple, list)):
+            self.fail_type(argument, received(value), expected)
+        if len(value) != 2:
             self.fail(argument, repr(value), expected)
-        left, right = (-1 if side is None else self.integer(argument, side, -1) for side in value)
-        return (left if left < UNBOUNDED else -1, right if right < UNBOUNDED else -1)
+        left, right = value
+        return self.window_side(argument, left), self.window_side(argument, right)
+
+    def window_side(self, argument: str, value: Any) -> int:
+        """Keys visible to one side; None, -1 and what no sequence reaches are unbounded."""
+        side = -1 if value is None else self.integer(argument, value, -1, None)
+        return side if side <= INT32_MAX else -1
 
     def bound(self, argument: str, value: Any, default: int) -> int:
         """A max_seqlen: an integer, a 0-dim integer tensor (read only when that is free), or None."""
@@ -96,13 +126,9 @@ class Checks:
             return default
         if isinstance(value, Tensor):
             if value.ndim != 0 or value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
-                self.fail_type(
-                    argument,
-                    f"a {value.dtype} tensor of shape {tuple(value.shape)}",
-                    "an int or a 0-dim integer tensor",
-                )
-            if value.device.type != "cpu" or torch.compiler.is_compiling():
-                return default
+                self.fail_type(argument, received(value), "an int or a 0-dim integer tensor")
+            if value.device.type != "cpu" or type(value) is not Tensor or torch.compiler.is_compiling():
+                return default  # device, fake and traced tensors
             value = int(value)
         return self.integer(argument, value, 0)
 
@@ -137,7 +163,7 @@ class Checks:
 
     def device(self, argument: str, value: Tensor, like: Tensor) -> None:
         if value.device != like.device:
-            self.fail(argument, f"on device {value.device}", f"device {like.device}, where q is")
+            self.fail(argument, f"on device {value.device}", f"device {like.device}, that of the other tensors")
 
     def index(
         self, argument: str, value: Any, shape: tuple[tuple[str, int | None], ...], like: Tensor

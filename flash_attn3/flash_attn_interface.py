@@ -13,13 +13,12 @@ from torch import Tensor
 from . import ops, runtime, validate
 from .aliases import accepts_aliases
 from .api import (
-    attend,
     flash_attn_func,
     flash_attn_kvpacked_func,
     flash_attn_qkvpacked_func,
     flash_attn_varlen_func,
 )
-from .cache_api import CACHE_NAMES, attend_cache, flash_attn_with_kvcache, get_scheduler_metadata
+from .cache_api import attend_cache, flash_attn_with_kvcache, get_scheduler_metadata
 from .checks import Checks
 from .merge_api import flash_attn_combine
 
@@ -36,9 +35,9 @@ __all__ = [
 ]
 
 
-def _window(c: Checks, window_size, left: int, right: int):
+def _window(c: Checks, window_size, left: int | None, right: int | None):
     if window_size is None:
-        return left, right
+        return c.window_side("window_size_left", left), c.window_side("window_size_right", right)
     if (left, right) != (-1, -1):
         c.fail("window_size", window_size, "one of window_size and window_size_left/right")
     return window_size
@@ -97,8 +96,23 @@ def _flash_attn_forward(
     Returns:
         (out, lse, out_accum, lse_accum), the last two empty.
     """
-    c = Checks("_flash_attn_forward")
-    arguments = dict(
+    c = Checks("_flash_attn_forward", {"out": "out_"})
+    new = Checks(c.fn, {"out": "out_", "k": "k_new", "v": "v_new", "rotary_seqlens": "seqlens_rotary"})
+    if k_new is not None:
+        c.no_grad("Appending has no gradient", q=q, k=k, v=v, k_new=k_new, v_new=v_new, qv=qv, s_aux=s_aux)
+    out, lse, _ = attend_cache(
+        c,
+        new,
+        q,
+        k,
+        v,
+        k_new,
+        v_new,
+        rotary=(rotary_cos, rotary_sin, seqlens_rotary, rotary_interleaved),
+        backend=backend,
+        out=out_,
+        cu_seqlens_k_new=cu_seqlens_k_new,
+        seqused_k=seqused_k,
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
         seqused_q=seqused_q,
@@ -122,18 +136,6 @@ def _flash_attn_forward(
         pack_gqa=pack_gqa,
         sm_margin=sm_margin,
     )
-    if k_new is None and v_new is None:
-        out, lse, _ = attend(
-            c, validate.attention(c, q, k, v, out=out_, seqused_k=seqused_k, **arguments), backend, out_
-        )
-    else:
-        c = Checks("_flash_attn_forward", CACHE_NAMES)
-        c.no_grad("Appending has no gradient", q=q, k=k, v=v, k_new=k_new, v_new=v_new)
-        rotary = (rotary_cos, rotary_sin, seqlens_rotary, rotary_interleaved)
-        appended = dict(cache_seqlens=seqused_k, cu_seqlens_k_new=cu_seqlens_k_new)
-        out, lse, _ = attend_cache(
-            c, q, k, v, k_new, v_new, rotary=rotary, backend=backend, out=out_, **appended, **arguments
-        )
     empty = q.new_empty(0, dtype=torch.float32)
     return out, lse, empty, empty.clone()
 
@@ -183,7 +185,7 @@ def _flash_attn_backward(
     Returns:
         softmax_d = sum(dout * out, -1), fp32, in the shape of softmax_lse; 0 in rows with softmax_lse = -inf.
     """
-    c = Checks("_flash_attn_backward")
+    c = Checks("_flash_attn_backward", {"causal": "is_causal", "seqused_q": "sequed_q", "seqused_k": "sequed_k"})
     with torch.no_grad():
         p = validate.attention(
             c,

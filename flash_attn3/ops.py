@@ -63,8 +63,13 @@ def _empty_out(p: AttentionProblem) -> Tensor:
     return debug.empty(p.q, p.out_shape, p.out_dtype)
 
 
+def _appends(p: AttentionProblem) -> bool:
+    return p.cu_seqlens_k_new is not None or p.seqlen_k_new > 0
+
+
 def _run_fwd(p: AttentionProblem, backend: str, out: Tensor) -> tuple[Tensor, Tensor]:
-    status.raise_pending(p.q.device)
+    if not _appends(p):  # else `append_kv` raised, and what is pending now comes from this very call
+        status.raise_pending(p.q.device)
     lse, max_logits = _empty_lse(p)
     runtime.backend(backend).fwd(p, out, lse, max_logits if p.return_max_logits else None)
     return lse, max_logits

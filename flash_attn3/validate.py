@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import env
-from .checks import FP8, HALF_DTYPES, SINK_DTYPES, Checks, named
+from .checks import FP8, HALF_DTYPES, INT32_MAX, SINK_DTYPES, Checks, as_index, named, received
 from .problem import AppendProblem, AttentionProblem
 
 SCALE_BLOCK = 128  # rows that share one block scale
@@ -63,7 +63,7 @@ def attention(
     _dtypes(c, q, k, v)
     for name, tensor in (("k", k), ("v", v)):
         c.device(name, tensor, q)
-    _layout(c, q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, page_table)
+    _layout(c, q, k, v, cu_seqlens_q, cu_seqlens_k, page_table)
     _head_dims(c, q, k, v, only_qv)
     qv = _query_values(c, qv, q, k, v)
 
@@ -75,21 +75,23 @@ def attention(
         capacity = page_table.shape[1] * k.shape[1]
     elif cu_seqlens_k is not None:
         capacity = k.shape[0]
+        if kv_batch_idx is not None:
+            c.fail("kv_batch_idx", "a tensor together with cu_seqlens_k", "one of the two")
     else:
         capacity = k.shape[1]
         if kv_batch_idx is None and k.shape[0] != batch:
             c.fail("k", f"shape {tuple(k.shape)}", f"batch {batch}, that of q of shape {tuple(q.shape)}")
     left, right = c.window("window_size", window_size)
-    max_q = c.bound("max_seqlen_q", max_seqlen_q, q.shape[0] if cu_seqlens_q is not None else q.shape[1])
+    num_rows = q.shape[1] if cu_seqlens_q is None else q.shape[0]
+    max_q = c.bound("max_seqlen_q", max_seqlen_q, num_rows)
     max_k = c.bound("max_seqlen_k", max_seqlen_k, capacity)
     world = c.integer("cp_world_size", cp_world_size, 1)
     causal = c.flag("causal", causal)
     chunk = 0 if attention_chunk is None else c.integer("attention_chunk", attention_chunk, 0)
     _context_parallel(c, world, cp_tot_seqused_k, left, right, causal, chunk)
-    scale_dims = q.shape[-1] + (qv.shape[-1] if qv is not None else 0)
     if softmax_scale is None:
-        softmax_scale = 1.0 / math.sqrt(scale_dims)
-    return AttentionProblem(
+        softmax_scale = 1.0 / math.sqrt(q.shape[-1] + (0 if qv is None else qv.shape[-1]))
+    p = AttentionProblem(
         q=_unit_stride(q),
         k=_unit_stride(k),
         v=_unit_stride(v),
@@ -98,11 +100,11 @@ def attention(
         cu_seqlens_k=c.index("cu_seqlens_k", cu_seqlens_k, lengths, q),
         cu_seqlens_k_new=c.index("cu_seqlens_k_new", cu_seqlens_k_new, lengths, q),
         seqused_q=c.index("seqused_q", seqused_q, per_sequence, q),
-        seqused_k=c.index("seqused_k", seqused_k, per_sequence, q),
+        seqused_k=_used(c, seqused_k, batch, capacity, seqlen_k_new, q, page_table),
         leftpad_k=c.index("leftpad_k", leftpad_k, per_sequence, q),
         kv_batch_idx=c.index("kv_batch_idx", kv_batch_idx, per_sequence, q),
         page_table=page_table,
-        q_descale=_descale(c, "q_descale", q_descale, q, "q", batch, k.shape[-2], q.shape[-2], max_q),
+        q_descale=_descale(c, "q_descale", q_descale, q, "q", batch, k.shape[-2], q.shape[-2], min(max_q, num_rows)),
         k_descale=_descale(c, "k_descale", k_descale, k, "k", batch, k.shape[-2], k.shape[-2], min(max_k, capacity)),
         v_descale=_descale(c, "v_descale", v_descale, v, "v", batch, k.shape[-2], k.shape[-2], min(max_k, capacity)),
         s_aux=_sink(c, s_aux, q),
@@ -124,8 +126,11 @@ def attention(
         cp_rank=c.integer("cp_rank", cp_rank, 0, world - 1),
         batch_invariant=env.batch_invariant if batch_invariant is None else c.flag("batch_invariant", batch_invariant),
         return_max_logits=c.flag("return_max_logits", return_max_logits),
-        out_dtype=_out(c, out, q, k, v, qv),
+        out_dtype=_out_dtype(c, out, q),
     )
+    if out is not None:
+        _out(c, out, p)
+    return p
 
 
 def _dtypes(c: Checks, q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -142,7 +147,7 @@ def _dtypes(c: Checks, q: Tensor, k: Tensor, v: Tensor) -> None:
         c.fail_type("v", str(v.dtype), f"the dtype of k, {k.dtype}")
 
 
-def _layout(c: Checks, q: Tensor, k: Tensor, v: Tensor, cu_q: Any, cu_k: Any, seqused_k: Any, page_table: Any) -> None:
+def _layout(c: Checks, q: Tensor, k: Tensor, v: Tensor, cu_q: Any, cu_k: Any, page_table: Any) -> None:
     """Ranks, and the sizes that q, k and v share."""
     for name, offsets in (("cu_seqlens_q", cu_q), ("cu_seqlens_k", cu_k)):
         if offsets is not None:
@@ -155,8 +160,6 @@ def _layout(c: Checks, q: Tensor, k: Tensor, v: Tensor, cu_q: Any, cu_k: Any, se
         c.tensor("page_table", page_table, (torch.int32,), "Convert with .to(torch.int32)")
         if cu_k is not None:
             c.fail("cu_seqlens_k", "a tensor together with page_table", "one of the two")
-        if seqused_k is None:
-            c.fail("seqused_k", None, "the lengths (b,) of the paged sequences")
         rows: tuple[tuple[str, int | None], ...] = (("num_pages", None), ("page_size", None))
     else:
         rows = (("b", None), ("s_k", None)) if cu_k is None else (("t_k", None),)
@@ -201,6 +204,21 @@ def _query_values(c: Checks, qv: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor
     return _unit_stride(qv)
 
 
+def _used(
+    c: Checks, used: Any, batch: int, capacity: int, appended: int, q: Tensor, page_table: Tensor | None
+) -> Tensor | None:
+    """(b,) lengths; an integer holds for every sequence, and None for full pages."""
+    if isinstance(used, Tensor) or (used is None and page_table is None):
+        return c.index("seqused_k", used, (("b", batch),), q)
+    if used is not None and as_index(used) is None and not isinstance(used, torch.SymInt):
+        c.fail_type("seqused_k", received(used), "an integer or an int32 tensor (b,)")
+    length = capacity if used is None else c.integer("seqused_k", used, 0)
+    if length + appended > capacity:
+        new = f" + {appended} new" if appended else ""
+        c.fail("seqused_k", f"{length}{new}", f"at most {capacity}, the capacity for keys")
+    return q.new_full((batch,), length, dtype=torch.int32)
+
+
 def _context_parallel(c: Checks, world: int, total: Any, left: int, right: int, causal: bool, chunk: int) -> None:
     if world == 1:
         return
@@ -243,35 +261,28 @@ def _sink(c: Checks, s_aux: Any, q: Tensor) -> Tensor | None:
 def _sm_margin(c: Checks, margin: Any, q: Tensor) -> int:
     if type(margin) is int and margin == 0:
         return 0
-    high = None
+    high = INT32_MAX
     if q.device.type == "cuda" and torch.cuda.is_available():
         high = torch.cuda.get_device_properties(q.device).multi_processor_count - 1
     return c.integer("sm_margin", margin, 0, high)
 
 
-def _out(c: Checks, out: Any, q: Tensor, k: Tensor, v: Tensor, qv: Tensor | None) -> torch.dtype:
-    """Check the caller's output tensor; return the dtype of the result."""
+def _out_dtype(c: Checks, out: Any, q: Tensor) -> torch.dtype:
     dtype = torch.bfloat16 if q.dtype == FP8 else q.dtype
-    if out is None:
-        return dtype
-    c.tensor("out", out, (dtype, torch.float32))
-    c.shape(
-        "out",
-        out,
-        *zip("bshd"[-q.ndim :], (*q.shape[:-1], v.shape[-1]), strict=True),
-        like=f"q of shape {tuple(q.shape)}",
-    )
-    c.device("out", out, q)
+    return dtype if out is None else c.tensor("out", out, (dtype, torch.float32)).dtype
+
+
+def _out(c: Checks, out: Tensor, p: AttentionProblem) -> None:
+    """The caller's output tensor can be written."""
+    letters = ("t_q", "h", "dv") if p.cu_seqlens_q is not None else ("b", "s_q", "h", "dv")
+    c.shape("out", out, *zip(letters, p.out_shape, strict=False), like=f"q of shape {tuple(p.q.shape)}")
+    c.device("out", out, p.q)
     c.unit_stride("out", out)
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, qv)):
-        c.fail(
-            "out",
-            "a tensor, with an input that requires grad",
-            "no out= when gradients are needed",
-            "Use torch.no_grad()",
-        )
-    c.writable("out", out, {"q": q, "k": k, "v": v, "qv": qv})
-    return out.dtype
+    inputs = {name: x for name, x in vars(p).items() if isinstance(x, Tensor)}
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (out, *inputs.values())):
+        expected = "no out= when gradients are needed"
+        c.fail("out", "a tensor, with a tensor that requires grad", expected, "Use torch.no_grad()")
+    c.writable("out", out, inputs)
 
 
 def _unit_stride(x: Tensor) -> Tensor:
@@ -299,20 +310,21 @@ def gradients(c: Checks, p: AttentionProblem) -> bool:
 
 
 def append(
-    c: Checks, p: AttentionProblem, k: Any, v: Any, cos: Any, sin: Any, rotary_seqlens: Any, interleaved: Any
+    own: Checks, p: AttentionProblem, k: Any, v: Any, cos: Any, sin: Any, rotary_seqlens: Any, interleaved: bool
 ) -> AppendProblem:
-    """The write of new keys and values into the cache of `p`."""
+    """The write of new keys and values into the cache of `p`; `own` has their names, not those of the cache."""
+    if p.cu_seqlens_k is not None:
+        own.fail("cu_seqlens_k", "a tensor together with new keys", "None: new keys go to a cache or to pages")
     cache_dtype = p.k.dtype
     dtypes = (cache_dtype, *((p.q.dtype,) if cache_dtype == FP8 and p.q.dtype != FP8 else ()))
     tokens = (("b", p.batch), ("s_new", p.seqlen_k_new)) if p.cu_seqlens_k_new is None else (("t_new", k.shape[0]),)
-    own = Checks(c.fn)
     for name, x, size in (("k", k, p.head_dim), ("v", v, p.head_dim_v)):
         own.tensor(name, x, dtypes)
         own.shape(name, x, *tokens, ("h_kv", p.num_heads_kv), ("d" if name == "k" else "dv", size), like="the cache")
         own.device(name, x, p.q)
     if v.dtype != k.dtype:
         own.fail_type("v", str(v.dtype), f"the dtype of k, {k.dtype}")
-    _rotary(own, cos, sin, p.q)
+    _rotary(own, cos, sin, rotary_seqlens, p.q)
     return AppendProblem(
         k_cache=p.k,
         v_cache=p.v,
@@ -327,23 +339,26 @@ def append(
         cu_seqlens_k_new=p.cu_seqlens_k_new,
         k_descale=p.k_descale,
         v_descale=p.v_descale,
-        rotary_interleaved=own.flag("rotary_interleaved", interleaved),
+        rotary_interleaved=interleaved,
     )
 
 
-def _rotary(c: Checks, cos: Any, sin: Any, q: Tensor) -> None:
+def _rotary(c: Checks, cos: Any, sin: Any, seqlens: Any, q: Tensor) -> None:
     if (cos is None) != (sin is None):
         c.fail("rotary_sin" if sin is None else "rotary_cos", None, "both rotary_cos and rotary_sin, or neither")
     if cos is None:
+        if seqlens is not None:
+            c.fail("rotary_seqlens", "a tensor without rotary_cos", "None, or tables to rotate by")
         return
     for name, table in (("rotary_cos", cos), ("rotary_sin", sin)):
         c.tensor(name, table, tuple({q.dtype, torch.float32} - {FP8}))
-        c.shape(name, table, ("s_ro", cos.shape[0]), ("rotary_dim / 2", cos.shape[1] if cos.ndim == 2 else None))
+        sizes = cos.shape if cos.ndim == 2 else (None, None)
+        c.shape(name, table, *zip(("s_ro", "rotary_dim / 2"), sizes, strict=True))
         c.device(name, table, q)
     if sin.dtype != cos.dtype:
         c.fail_type("rotary_sin", str(sin.dtype), f"the dtype of rotary_cos, {cos.dtype}")
-    if not 0 < 2 * cos.shape[1] <= q.shape[-1]:
-        c.fail("rotary_cos", f"shape {tuple(cos.shape)}", f"0 < rotary_dim <= d = {q.shape[-1]}")
+    if cos.shape[0] < 1 or not 0 < 2 * cos.shape[1] <= q.shape[-1]:
+        c.fail("rotary_cos", f"shape {tuple(cos.shape)}", f"s_ro >= 1 and 0 < rotary_dim <= d = {q.shape[-1]}")
     c.no_grad("Rotary tables have no gradient", rotary_cos=cos, rotary_sin=sin)
     if q.dtype == FP8:
         c.unsupported(
