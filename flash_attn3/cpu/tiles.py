@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import status
@@ -150,6 +151,18 @@ def matmul_visible(a: Tensor, b: Tensor, visible: Tensor, out: Tensor, accumulat
     for j in (~finite).any(-1).any(0).nonzero()[:, 0].tolist():
         out.add_(torch.where(visible[..., j, None], a[..., j, None] * special[:, j, None], 0.0))
     return out
+
+
+def row_dots(a: Tensor, b: Tensor) -> Tensor:
+    """Dot products of the rows of a and b (heads, rows, n), (heads, rows, 1), with the bits that matmul gives them.
+
+    Where out is one value, dout . out then is the same number as dout . v. Other orders of summation would leave a
+    rounding error of the size of both, all that is left of dscores there. Hence 16 x 16 products and their diagonals.
+    """
+    num_rows = a.shape[0] * a.shape[1]
+    a16, b16 = (F.pad(x.flatten(0, 1), (0, 0, 0, -num_rows % 16)).view(-1, 16, x.shape[-1]) for x in (a, b))
+    diagonals = torch.bmm(a16, b16.transpose(1, 2)).diagonal(dim1=1, dim2=2)
+    return diagonals.flatten()[:num_rows].view(*a.shape[:2], 1)
 
 
 def is_finite(x: Tensor) -> bool:
