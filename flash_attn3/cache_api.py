@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from . import autograd, debug, ops, runtime, validate
+from . import autograd, debug, ops, runtime, validate, validate_append
 from .aliases import accepts_aliases
 from .api import Result, attend, results
 from .checks import FP8, Checks
@@ -167,7 +167,7 @@ def attend_cache(
     seqlen_new = k.shape[1] if cu_seqlens_k_new is None else 0
     extents = dict(cu_seqlens_k_new=cu_seqlens_k_new, seqlen_k_new=seqlen_new)
     p = validate.attention(c, q, k_cache, v_cache, out=out, **extents, **arguments)
-    a = validate.append(new, p, k, v, *tables, interleaved)
+    a = validate_append.append(new, p, k, v, *tables, interleaved)
     for name, cache in (("k", k_cache), ("v", v_cache)):
         c.unit_stride(name, cache)
         c.writable(name, cache, {})

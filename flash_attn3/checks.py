@@ -46,6 +46,9 @@ class Checks:
         self.fn = fn
         self.names = names or {}
 
+    def name(self, argument: str) -> str:
+        return self.names.get(argument, argument)
+
     def fail(
         self,
         argument: str,
@@ -54,7 +57,7 @@ class Checks:
         hint: str = "",
         error: type[FlashAttn3Error] = FlashAttn3ValueError,
     ) -> NoReturn:
-        raise error(message(self.fn, self.names.get(argument, argument), value, expected, hint))
+        raise error(message(self.fn, self.name(argument), value, expected, hint))
 
     def fail_type(self, argument: str, value: Any, expected: str, hint: str = "") -> NoReturn:
         self.fail(argument, value, expected, hint, FlashAttn3TypeError)
@@ -201,16 +204,27 @@ class Checks:
             extent += (size - 1) * stride if size > 1 else 0
         if torch.compiler.is_compiling() or out.numel() == 0:
             return
-        low, high = _span(out)
         for name, value in inputs.items():
-            if value is not None and value.numel() and torch._C._is_alias_of(out, value):
-                start, end = _span(value)
-                if start < high and low < end:
-                    self.fail(argument, f"bytes [{low}, {high}) of the storage of {name}", f"memory apart from {name}")
+            if value is not None and value.numel() and _overlap(out, value):
+                other = self.name(name)
+                self.fail(argument, f"a tensor in the memory of {other}", f"memory apart from {other}")
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether the bytes from first to last element meet; without memory (meta, fake) those of one storage can."""
+    if _address(a) == 0 and not torch._C._is_alias_of(a, b):
+        return False
+    (first, end), (other_first, other_end) = _span(a), _span(b)
+    return first < other_end and other_first < end
 
 
 def _span(x: Tensor) -> tuple[int, int]:
-    """First byte and end of `x` within its storage."""
+    """Addresses of the first byte and the end of `x`."""
     first = x.storage_offset()
     last = first + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
-    return first * x.element_size(), (last + 1) * x.element_size()
+    return _address(x) + first * x.element_size(), _address(x) + (last + 1) * x.element_size()
+
+
+def _address(x: Tensor) -> int:
+    storage = x.untyped_storage()
+    return 0 if storage.device.type == "meta" else storage.data_ptr()

@@ -93,7 +93,7 @@ def _warn_nonfinite(fn: str, name: str) -> None:
 
 def _report_nonfinite(c: Checks, name: str, x: Tensor | None) -> None:
     if x is not None and not torch.isfinite(x.float() if x.dtype == FP8 else x).all():
-        _warn_nonfinite(c.fn, c.names.get(name, name))
+        _warn_nonfinite(c.fn, c.name(name))
 
 
 def _elements(c: Checks, name: str, x: Tensor | None, low: int, high: int) -> None:
@@ -101,7 +101,7 @@ def _elements(c: Checks, name: str, x: Tensor | None, low: int, high: int) -> No
         return
     for index, value in enumerate(x.flatten().tolist()):
         if not low <= value <= high:
-            c.fail(f"{c.names.get(name, name)}[{index}]", value, f"a value in [{low}, {high}]")
+            c.fail(f"{c.name(name)}[{index}]", value, f"a value in [{low}, {high}]")
 
 
 def _offsets(c: Checks, name: str, x: Tensor | None, total: int) -> None:
@@ -128,7 +128,7 @@ def _check_indices(c: Checks, p: AttentionProblem) -> None:
     ):
         for index, value in enumerate([] if used is None else used.tolist()):
             if not 0 <= value <= extents[index]:
-                c.fail(f"{c.names.get(name, name)}[{index}]", value, f"a value in [0, {extents[index]}]")
+                c.fail(f"{c.name(name)}[{index}]", value, f"a value in [0, {extents[index]}]")
     if p.cu_seqlens_q is not None and max(lengths_q, default=0) > p.max_seqlen_q:
         c.fail("max_seqlen_q", p.max_seqlen_q, f"at least {max(lengths_q)}, the longest extent in cu_seqlens_q")
     _elements(c, "leftpad_k", p.leftpad_k, 0, capacity)

@@ -44,8 +44,9 @@ def flash_attn_combine(
         out_dtype = torch.float32 if out is None else out.dtype
     if out_dtype not in SINK_DTYPES:
         c.fail_type("out_dtype", str(out_dtype), "float32, float16 or bfloat16")
+    inputs = {"out_partial": out_partial, "lse_partial": lse_partial}
     if out is not None:
-        _writable(c, "out", out, out_dtype, out_partial.shape[1:], out_partial=out_partial, lse_partial=lse_partial)
+        _writable(c, "out", out, out_dtype, out_partial.shape[1:], inputs)
     name = runtime.for_device(c.fn, out_partial.device, backend)
     merged, lse = ops.combine(out_partial, lse_partial, out_dtype, name)
     return _into(out, merged), lse.transpose(1, 2)
@@ -97,22 +98,25 @@ def merge_state(
         c.device(name, value, out_a)
     inputs = {"out_a": out_a, "lse_a": lse_a, "out_b": out_b, "lse_b": lse_b}
     if out is not None:
-        _writable(c, "out", out, None, out_a.shape, **inputs)
+        _writable(c, "out", out, None, out_a.shape, inputs)
+        inputs["out"] = out
     if lse_out is not None:
-        _writable(c, "lse_out", lse_out, torch.float32, rows, **inputs)
+        _writable(c, "lse_out", lse_out, torch.float32, rows, inputs)
     out_dtype = out_a.dtype if out is None else out.dtype
     name = runtime.for_device(c.fn, out_a.device, backend)
     merged, lse = ops.merge_state(out_a, lse_a, out_b, lse_b, out_dtype, lse_layout, name)
     return _into(out, merged), _into(lse_out, lse)
 
 
-def _writable(c: Checks, argument: str, out: Tensor, dtype: torch.dtype | None, shape, **inputs: Tensor) -> None:
+def _writable(
+    c: Checks, argument: str, out: Tensor, dtype: torch.dtype | None, shape: tuple[int, ...], inputs: dict[str, Tensor]
+) -> None:
     c.tensor(argument, out, SINK_DTYPES if dtype is None else (dtype,))
     c.shape(argument, out, *(("size", size) for size in shape))
-    for value in inputs.values():
+    for value in (out, *inputs.values()):
         c.device(argument, out, value)
         if torch.is_grad_enabled() and value.requires_grad:
-            c.fail(argument, "a tensor, with an input that requires grad", f"no {argument}= when gradients are needed")
+            c.fail(argument, "a tensor, with a tensor that requires grad", f"no {argument}= when gradients are needed")
     c.writable(argument, out, inputs)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import env
 from .checks import FP8, HALF_DTYPES, INT32_MAX, SINK_DTYPES, Checks, as_index, named, received
-from .problem import AppendProblem, AttentionProblem
+from .problem import AttentionProblem
 
 SCALE_BLOCK = 128  # rows that share one block scale
 HEAD_DIMS = "d == dv <= 256, or 128 < d <= 192 with 96 < dv <= 128, or d <= 64 with dv <= 512 (dv > 256: fp16, bf16)"
@@ -92,9 +92,9 @@ def attention(
     if softmax_scale is None:
         softmax_scale = 1.0 / math.sqrt(q.shape[-1] + (0 if qv is None else qv.shape[-1]))
     p = AttentionProblem(
-        q=_unit_stride(q),
-        k=_unit_stride(k),
-        v=_unit_stride(v),
+        q=unit_stride(q),
+        k=unit_stride(k),
+        v=unit_stride(v),
         qv=qv,
         cu_seqlens_q=c.index("cu_seqlens_q", cu_seqlens_q, lengths, q),
         cu_seqlens_k=c.index("cu_seqlens_k", cu_seqlens_k, lengths, q),
@@ -163,7 +163,8 @@ def _layout(c: Checks, q: Tensor, k: Tensor, v: Tensor, cu_q: Any, cu_k: Any, pa
         rows: tuple[tuple[str, int | None], ...] = (("num_pages", None), ("page_size", None))
     else:
         rows = (("b", None), ("s_k", None)) if cu_k is None else (("t_k", None),)
-    c.shape("k", k, *rows, ("h_kv", None), ("d", q.shape[-1]), like=f"q of shape {tuple(q.shape)}")
+    like = f"{c.name('q')} of shape {tuple(q.shape)}"
+    c.shape("k", k, *rows, ("h_kv", None), ("d", q.shape[-1]), like=like)
     sizes = tuple((letter, size) for (letter, _), size in zip((*rows, ("h_kv", None)), k.shape, strict=False))
     c.shape("v", v, *sizes, ("dv", None), like=f"k of shape {tuple(k.shape)}")
     if page_table is not None and k.shape[1] < 1:
@@ -201,7 +202,7 @@ def _query_values(c: Checks, qv: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor
     if qv.dtype != q.dtype or k.dtype != q.dtype:
         c.fail_type("qv", f"{qv.dtype} with q {q.dtype} and k {k.dtype}", "one 16-bit dtype for q, qv, k and v")
     c.device("qv", qv, q)
-    return _unit_stride(qv)
+    return unit_stride(qv)
 
 
 def _used(
@@ -285,7 +286,11 @@ def _out(c: Checks, out: Tensor, p: AttentionProblem) -> None:
     c.writable("out", out, inputs)
 
 
-def _unit_stride(x: Tensor) -> Tensor:
+def or_fp32(dtype: torch.dtype) -> tuple[torch.dtype, ...]:
+    return (torch.float32,) if dtype in (torch.float32, FP8) else (dtype, torch.float32)
+
+
+def unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
@@ -295,7 +300,6 @@ def gradients(c: Checks, p: AttentionProblem) -> bool:
         x is not None and x.requires_grad for x in (p.q, p.k, p.v, p.qv, p.s_aux)
     )
     if needs_grad:
-        hint = "Use torch.no_grad()"
         for name, present in (
             ("qv", p.qv is not None),
             ("page_table", p.page_table is not None),
@@ -305,72 +309,16 @@ def gradients(c: Checks, p: AttentionProblem) -> bool:
             ("k", p.k.dtype == FP8),
         ):
             if present:
-                c.unsupported(name, "given, with an input that requires grad", "no gradient through this call", hint)
+                value = "float8_e4m3fn" if name == "k" else "given"
+                expected = "no gradient through this call"
+                c.unsupported(name, f"{value}, with an input that requires grad", expected, "Use torch.no_grad()")
     return needs_grad
-
-
-def append(
-    own: Checks, p: AttentionProblem, k: Any, v: Any, cos: Any, sin: Any, rotary_seqlens: Any, interleaved: bool
-) -> AppendProblem:
-    """The write of new keys and values into the cache of `p`; `own` has their names, not those of the cache."""
-    if p.cu_seqlens_k is not None:
-        own.fail("cu_seqlens_k", "a tensor together with new keys", "None: new keys go to a cache or to pages")
-    cache_dtype = p.k.dtype
-    dtypes = (cache_dtype, *((p.q.dtype,) if cache_dtype == FP8 and p.q.dtype != FP8 else ()))
-    tokens = (("b", p.batch), ("s_new", p.seqlen_k_new)) if p.cu_seqlens_k_new is None else (("t_new", k.shape[0]),)
-    for name, x, size in (("k", k, p.head_dim), ("v", v, p.head_dim_v)):
-        own.tensor(name, x, dtypes)
-        own.shape(name, x, *tokens, ("h_kv", p.num_heads_kv), ("d" if name == "k" else "dv", size), like="the cache")
-        own.device(name, x, p.q)
-    if v.dtype != k.dtype:
-        own.fail_type("v", str(v.dtype), f"the dtype of k, {k.dtype}")
-    _rotary(own, cos, sin, rotary_seqlens, p.q)
-    return AppendProblem(
-        k_cache=p.k,
-        v_cache=p.v,
-        k=_unit_stride(k),
-        v=_unit_stride(v),
-        cache_seqlens=p.seqused_k,
-        rotary_cos=None if cos is None else cos.contiguous(),
-        rotary_sin=None if sin is None else sin.contiguous(),
-        rotary_seqlens=own.index("rotary_seqlens", rotary_seqlens, (("b", p.batch),), p.q),
-        kv_batch_idx=p.kv_batch_idx,
-        page_table=p.page_table,
-        cu_seqlens_k_new=p.cu_seqlens_k_new,
-        k_descale=p.k_descale,
-        v_descale=p.v_descale,
-        rotary_interleaved=interleaved,
-    )
-
-
-def _rotary(c: Checks, cos: Any, sin: Any, seqlens: Any, q: Tensor) -> None:
-    if (cos is None) != (sin is None):
-        c.fail("rotary_sin" if sin is None else "rotary_cos", None, "both rotary_cos and rotary_sin, or neither")
-    if cos is None:
-        if seqlens is not None:
-            c.fail("rotary_seqlens", "a tensor without rotary_cos", "None, or tables to rotate by")
-        return
-    for name, table in (("rotary_cos", cos), ("rotary_sin", sin)):
-        c.tensor(name, table, tuple({q.dtype, torch.float32} - {FP8}))
-        sizes = cos.shape if cos.ndim == 2 else (None, None)
-        c.shape(name, table, *zip(("s_ro", "rotary_dim / 2"), sizes, strict=True))
-        c.device(name, table, q)
-    if sin.dtype != cos.dtype:
-        c.fail_type("rotary_sin", str(sin.dtype), f"the dtype of rotary_cos, {cos.dtype}")
-    if cos.shape[0] < 1 or not 0 < 2 * cos.shape[1] <= q.shape[-1]:
-        c.fail("rotary_cos", f"shape {tuple(cos.shape)}", f"s_ro >= 1 and 0 < rotary_dim <= d = {q.shape[-1]}")
-    c.no_grad("Rotary tables have no gradient", rotary_cos=cos, rotary_sin=sin)
-    if q.dtype == FP8:
-        c.unsupported(
-            "rotary_cos",
-            "a tensor with e4m3 q",
-            "16-bit or fp32 q for a rotation inside the call",
-            "Rotate before quantising",
-        )
 
 
 def backward(c: Checks, p: AttentionProblem, dout: Any, out: Any, lse: Any, dlse: Any, **grads: Any) -> None:
     """The tensors of a backward call on `p`; `grads` are dq, dk, dv, dsink, each None or written."""
+    if p.k.dtype == FP8:
+        c.unsupported("k", "float8_e4m3fn", "fp16, bf16 (on the CPU fp32): e4m3 has no backward")
     letters = "bshd"[-p.q.ndim :]
     for name, x in (("dout", dout), ("out", out)):
         c.tensor(name, x, SINK_DTYPES)
@@ -387,7 +335,7 @@ def backward(c: Checks, p: AttentionProblem, dout: Any, out: Any, lse: Any, dlse
     for name, like in (("dq", p.q), ("dk", p.k), ("dv", p.v), ("dsink", p.s_aux)):
         x = grads[name]
         if x is not None:
-            dtypes = (torch.float32,) if name == "dsink" else tuple({like.dtype, torch.float32})
+            dtypes = (torch.float32,) if name == "dsink" else or_fp32(like.dtype)
             c.tensor(name, x, dtypes)
             c.shape(name, x, *(("size", size) for size in like.shape), like=f"{name[1:]} of shape {tuple(like.shape)}")
             c.device(name, x, p.q)
