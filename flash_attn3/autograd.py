@@ -207,6 +207,13 @@ def _each(op):
     return vmap
 
 
+def _write(info, in_dims, *arguments):
+    expected = "no vmap over calls that write into their arguments (a cache, out=, gradients)"
+    raise UnsupportedError(message(NAMESPACE, "vmap", f"over {info.batch_size} elements", expected))
+
+
+for _op in (ops.append_kv, ops.fwd_out, ops.bwd_out):
+    torch.library.register_vmap(_op.name().split(".")[0], _write, lib=ops.library)
 for _op in (ops.fwd, ops.bwd, ops.rotary_q, ops.combine, ops.merge_state, ops.scheduler_metadata):
     torch.library.register_vmap(_op.name().split(".")[0], _each(_op), lib=ops.library)
 

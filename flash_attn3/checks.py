@@ -204,6 +204,8 @@ class Checks:
             extent += (size - 1) * stride if size > 1 else 0
         if torch.compiler.is_compiling() or out.numel() == 0:
             return
+        if any(torch._C._functorch.is_batchedtensor(x) for x in (out, *inputs.values()) if x is not None):
+            self.unsupported(argument, "a tensor under vmap", "no vmap over calls that write into their arguments")
         for name, value in inputs.items():
             if value is not None and value.numel() and _overlap(out, value):
                 other = self.name(name)
