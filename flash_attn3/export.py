@@ -55,7 +55,7 @@ CONFIG = {{"build_flags": {{f"FLASHATTENTION_DISABLE_{{name}}": False for name i
 
 from flash_attn3.compat import raw_ops
 
-library = raw_ops.define()
+raw_ops.define()
 ''',
 }
 

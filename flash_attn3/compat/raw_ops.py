@@ -43,15 +43,19 @@ SCHEMAS = (
 )
 
 
-def define() -> torch.library.Library | None:
-    """Define the operators unless another library has; the result must be kept alive."""
+_defined: list[torch.library.Library] = []  # a library that is dropped takes its operators back
+
+
+def define() -> bool:
+    """Define the operators for the rest of the process, unless somebody has; whether this call did."""
     if hasattr(getattr(torch.ops, NAMESPACE), "fwd"):
-        return None
+        return False
     library = torch.library.Library(NAMESPACE, "FRAGMENT")
     for schema, run in zip(SCHEMAS, (_fwd, _bwd, _combine, _scheduler_metadata), strict=True):
         name = library.define(schema)
         library.impl(name, _kernel(torch._C.parse_schema(f"{NAMESPACE}::{schema}"), run), "CompositeExplicitAutograd")
-    return library
+    _defined.append(library)
+    return True
 
 
 def _kernel(schema: torch.FunctionSchema, run: Callable) -> Callable:
