@@ -46,10 +46,13 @@ def _diagnosis(name: str, device_type: str, device_index: int | None) -> str | N
     return why_not
 
 
-@torch.compiler.assume_constant_result
 def _missing(name: str, device_type: str, device_index: int | None) -> str | None:
     """Why this machine cannot run backend `name` on a device, or None; never looks at a problem."""
     return _diagnosis(name, device_type, device_index)
+
+
+# What torch.compiler.assume_constant_result sets; calling it would import torch._dynamo, a second of CPU time.
+_missing._dynamo_marked_constant = True
 
 
 def _missing_cpu(device_type: str, device_index: int | None) -> str | None:
