@@ -43,8 +43,11 @@ def register(name: str = "fa3") -> None:
     or `model.set_attn_implementation("fa3")`. Served: padding on either side, packed sequences (`position_ids` that
     restart, or `cu_seq_lens_*`), dynamic and static caches, sliding windows, softcap, sinks, grouped heads, gradients,
     `torch.compile(fullgraph=True)`. Refused with `UnsupportedError`: dropout, masks with holes, custom 4-D masks, and
-    attention weights as an output. A compiled forward cannot look for restarts in `position_ids`: it allows for one at
-    each token, unless it is given an `attention_mask` (nothing is packed) or `cu_seq_lens_*`.
+    attention weights as an output.
+
+    A compiled forward cannot look for restarts in `position_ids`: it allows for one at each token, unless it is given
+    an `attention_mask` (nothing is packed) or `cu_seq_lens_*`. A model that does not hand `position_ids` to its mask
+    (GPT-OSS in transformers 5.23, with any implementation) needs `cu_seq_lens_*` for packed sequences.
 
     Args:
         name: passed to models as `attn_implementation`.

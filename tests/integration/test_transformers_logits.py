@@ -8,7 +8,22 @@ import torch
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
-from tiny_models import CASES, DECODERS, LAYERS, LENGTH, SMALL, VOCAB, copies, decoders, padded, real, tokens
+from tiny_models import (
+    CASES,
+    DECODERS,
+    LAYERS,
+    LENGTH,
+    SMALL,
+    VOCAB,
+    copies,
+    decoders,
+    one_by_one,
+    packed,
+    packed_offsets,
+    padded,
+    real,
+    tokens,
+)
 
 from flash_attn3.integrations import transformers as fa3
 
@@ -31,6 +46,20 @@ def test_decoder_logits(name, case, calls):
         if case in ("left", "packed"):
             unmasked = ours(ids, position_ids=torch.arange(LENGTH)[None]).logits
             assert (unmasked - expected)[real(inputs)].abs().max() > MATTERS, "the case tests nothing"
+
+
+@pytest.mark.parametrize("given", ["positions", "offsets"])
+@pytest.mark.parametrize("name", DECODERS)
+def test_packed_documents_do_not_see_each_other(name, given, calls):
+    if (name, given) == ("gpt_oss", "positions"):
+        pytest.skip("GPT-OSS does not hand position_ids to its mask, with any attn_implementation")
+    eager, ours = decoders(name, "eager", "fa3")
+    ids, inputs = tokens(1), packed(1)
+    if given == "offsets":
+        inputs |= packed_offsets()
+    with torch.no_grad():
+        assert (ours(ids, **inputs).logits - one_by_one(eager, ids)).abs().max() <= TOLERANCE
+    assert calls.take() == (LAYERS, 0)
 
 
 @pytest.mark.parametrize("name", DECODERS)

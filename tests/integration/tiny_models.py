@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ DECODER = dict(
     initializer_range=0.1,  # so large that attention matters to the logits, which stay below 10
     pad_token_id=0,
     bos_token_id=1,
+    tie_word_embeddings=False,  # tied ones repeat the last token
     eos_token_id=None,
 )
 GPT_OSS = dict(
@@ -69,11 +71,25 @@ def padded(side: str) -> dict[str, Tensor]:
     return dict(attention_mask=attention_mask, position_ids=(attention_mask.cumsum(1) - 1).clamp(min=0))
 
 
-def packed() -> dict[str, Any]:
+DOCUMENTS = ((5, 1, 11), (8, 9))
+
+
+def packed(rows: int = 2) -> dict[str, Any]:
     """position_ids of documents of other lengths in each row."""
-    lengths = ((5, 1, 11), (8, 9))
-    position_ids = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in lengths])
+    position_ids = torch.stack([torch.cat([torch.arange(n) for n in lengths]) for lengths in DOCUMENTS[:rows]])
     return dict(position_ids=position_ids, use_cache=False)
+
+
+def packed_offsets() -> dict[str, Any]:
+    """What transformers' data collators give along with the position_ids of one packed row."""
+    offsets = torch.tensor((0, *accumulate(DOCUMENTS[0])), dtype=torch.int32)
+    longest = max(DOCUMENTS[0])
+    return dict(cu_seq_lens_q=offsets, cu_seq_lens_k=offsets, max_length_q=longest, max_length_k=longest)
+
+
+def one_by_one(model: nn.Module, ids: Tensor) -> Tensor:
+    """Logits of the documents of one packed row, each computed alone."""
+    return torch.cat([model(document).logits for document in ids.split(DOCUMENTS[0], 1)], 1)
 
 
 def real(inputs: dict[str, Any]) -> Tensor:
