@@ -9,7 +9,7 @@ from functools import partial
 import contestants
 from gate import expect_decode
 from gpu_entry import SDPA, captured, main
-from harness import OURS, Case, Contestant, Entry, OnColdGpu, timed
+from harness import OURS, Case, Contestant, Entry, OnColdGpu, timed, unavailable
 from peers import Peers
 from shapes import DecodeShape, decode, decode_inputs
 
@@ -26,7 +26,7 @@ def compare(shape: DecodeShape, peers: Peers) -> Entry:
         try:
             racing += [eager, captured(eager)]
         except Exception as error:  # not every backend serves every shape
-            absent[name] = f"unavailable: {(str(error).splitlines() or [''])[0][:200]}"
+            absent[name] = unavailable(error)
     remotes, missing = peers.enter(shape, "forward", cold=True)
     return Entry(racing + remotes, expect_decode(shape, tensors), shape.torch_dtype, absent | missing)
 

@@ -10,7 +10,7 @@ import contestants
 import harness
 import torch
 from gate import expect
-from harness import Case, Contestant, Entry, Local, on_gpu
+from harness import Case, Contestant, Entry, Local, on_gpu, unavailable
 from peers import Peers
 from shapes import Shape, inputs
 from torch.nn.attention import SDPBackend
@@ -45,7 +45,7 @@ def compare(shape: Shape, work: str, peers: Peers) -> Entry:
         try:
             racing.append(contestants.contestant(implementation, work, shape, tensors, on_gpu))
         except Exception as error:  # a backward needs its forward to run, and it may not
-            absent[implementation.name] = f"unavailable: {str(error).splitlines()[0][:200]}"
+            absent[implementation.name] = unavailable(error)
     remotes, missing = peers.enter(shape, work, cold=False)
     return Entry(racing + remotes, expected, shape.torch_dtype, absent | missing)
 

@@ -154,8 +154,12 @@ def refusal(contestant: Contestant, entry: Entry) -> str | None:
     try:
         wrong = contestant.check(entry.expected, entry.dtype)
     except Exception as error:  # whatever a peer or a compiler raises, the others still run
-        return f"unavailable: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+        return unavailable(error)
     return f"wrong: {wrong}" if wrong else None
+
+
+def unavailable(error: Exception) -> str:
+    return f"unavailable: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
 
 
 def race(contestants: list[Contestant], effort: Effort) -> list[list[float]]:

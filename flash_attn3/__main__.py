@@ -32,8 +32,8 @@ def parser() -> argparse.ArgumentParser:
         "cache, and check that everything agrees. Exit code 0: all checks passed, 1: one failed, 2: cannot run.",
     )
     p.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
-    p.add_argument("--steps", type=positive, default=200, help="training steps (default 200)")
-    p.add_argument("--tokens", type=positive, default=192, help="characters to generate (default 192)")
+    p.add_argument("--steps", type=positive, default=120, help="training steps (default 120)")
+    p.add_argument("--tokens", type=positive, default=128, help="characters to generate for each prompt (default 128)")
     p.add_argument("--backend", choices=env.BACKENDS, help="default: chosen by the package")
     p.add_argument("--out", type=Path, default=Path("out"), metavar="DIR", help="folder of the plot (default out)")
     p.add_argument("--seed", type=int, default=0, help="of weights and batches (default 0)")

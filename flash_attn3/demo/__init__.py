@@ -7,9 +7,11 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from .. import __version__, api, why
 from . import attend
@@ -21,18 +23,17 @@ from .training import Trainer, learning_rate, precision
 
 BATCH_SIZE = 8
 SEQLEN = 256
-PROMPT = "def "
+PROMPT_LENGTH = 64
 
 
 def missing_packages() -> list[str]:
     return [name for name in ("matplotlib", "tqdm") if importlib.util.find_spec(name) is None]
 
 
-def train(ours: Trainer, theirs: Trainer, steps: int, seed: int, checks: Checks) -> None:
+def train(ours: Trainer, theirs: Trainer, excerpts: Iterator[Tensor], steps: int, checks: Checks) -> None:
     """Both take every step on the same batch, one after the other, so that noise of the machine hits both."""
     from tqdm import tqdm
 
-    excerpts = batches(standard_library(), BATCH_SIZE, SEQLEN, seed)
     device = ours.device
     probe = next(excerpts).to(device)
     checks.gradients("before training", ours.gradient(probe), theirs.gradient(probe))
@@ -49,17 +50,18 @@ def train(ours: Trainer, theirs: Trainer, steps: int, seed: int, checks: Checks)
     checks.gradients("after training", ours.gradient(probe), theirs.gradient(probe))
 
 
-def generate(ours: Trainer, theirs: Trainer, num_new: int, backend: str | None, checks: Checks) -> list[Generation]:
+def generate(
+    ours: Trainer, theirs: Trainer, prompts: Tensor, num_new: int, backend: str | None, checks: Checks
+) -> list[Generation]:
     """By cached decoding on flash_attn3, and by full recomputation on SDPA; both by the trained model."""
     model, device = ours.model, ours.device
-    prompt = torch.tensor(list(PROMPT.encode()), device=device)
 
     def cache() -> attend.FlashWithCache:
-        return attend.FlashWithCache(model.config, 1, device, precision(device), backend)
+        return attend.FlashWithCache(model.config, len(prompts), device, precision(device), backend)
 
-    decode(model, cache(), prompt, min(4, num_new))  # warm-up
-    decoded = decode(model, cache(), prompt, num_new)
-    recomputed = recompute(model, theirs.attend, prompt, decoded.tokens)
+    decode(model, cache(), prompts, min(4, num_new))  # warm-up
+    decoded = decode(model, cache(), prompts, num_new)
+    recomputed = recompute(model, theirs.attend, prompts, decoded.tokens)
     checks.generation(decoded, recomputed)
     return [decoded, recomputed]
 
@@ -67,6 +69,12 @@ def generate(ours: Trainer, theirs: Trainer, num_new: int, backend: str | None, 
 def chosen_backend(config: ModelConfig, device: torch.device, backend: str | None) -> str:
     q = torch.empty(1, SEQLEN, config.num_heads, config.head_dim, device=device, dtype=precision(device))
     return why(api.flash_attn_func, q, q, q, causal=True, backend=backend).backend
+
+
+def print_sample(prompt: Tensor, continuation: Tensor) -> None:
+    before, after = (bytes(tokens.tolist()).decode("ascii", "replace") for tokens in (prompt, continuation))
+    print("The first of the prompts, and after >>> what the model adds, greedy:")
+    print("", *f"{before}>>>{after}".splitlines(), sep="\n  | ")
 
 
 def print_speeds(speeds: dict[str, dict[str, float]]) -> None:
@@ -80,8 +88,8 @@ def print_speeds(speeds: dict[str, dict[str, float]]) -> None:
 def run(device: torch.device, steps: int, num_new: int, backend: str | None, out: Path, seed: int) -> int:
     """The exit code: 0 if every check passed, 1 if one failed."""
     config = ModelConfig()
-    if num_new + len(PROMPT) > config.max_seqlen:
-        raise ValueError(f"--tokens {num_new}; expected at most {config.max_seqlen - len(PROMPT)}")
+    if num_new > (most := config.max_seqlen - PROMPT_LENGTH):
+        raise ValueError(f"--tokens {num_new}; expected at most {most}")
     chosen = chosen_backend(config, device, backend)
     print(
         f"flash_attn3 {__version__}, backend {chosen}, device {device}, {precision(device)}, torch {torch.__version__}"
@@ -92,10 +100,11 @@ def run(device: torch.device, steps: int, num_new: int, backend: str | None, out
     parameters = sum(p.numel() for p in ours.model.parameters())
     print(f"A character GPT of {parameters:,} parameters on Python's standard library, {steps} steps:")
     checks = Checks(TOLERANCES[precision(device)])
-    train(ours, theirs, steps, seed, checks)
-    decoded, recomputed = generate(ours, theirs, num_new, backend, checks)
-    sample = PROMPT + bytes(decoded.tokens.tolist()).decode("ascii", "replace")
-    print("Sample, greedy:", *sample.splitlines(), sep="\n  | ")
+    excerpts = batches(standard_library(), BATCH_SIZE, SEQLEN, seed)
+    train(ours, theirs, excerpts, steps, checks)
+    prompts = next(excerpts)[:, :PROMPT_LENGTH].to(device)
+    decoded, recomputed = generate(ours, theirs, prompts, num_new, backend, checks)
+    print_sample(prompts[0], decoded.tokens[0])
     speeds = {
         "training": {t.name: t.tokens_per_second(BATCH_SIZE * SEQLEN) for t in (ours, theirs)},
         "decoding": {"with cache": decoded.tokens_per_second, "recompute": recomputed.tokens_per_second},

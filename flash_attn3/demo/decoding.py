@@ -16,38 +16,40 @@ from .training import autocast, synchronize
 
 @dataclass
 class Generation:
-    tokens: Tensor  # (num_new,), the most likely one at every step
-    logits: Tensor  # (num_new, vocab_size) fp32
+    logits: Tensor  # (b, num_new, vocab_size) fp32
     seconds: float
 
     @property
+    def tokens(self) -> Tensor:
+        """(b, num_new), the most likely one at every step."""
+        return self.logits.argmax(-1)
+
+    @property
     def tokens_per_second(self) -> float:
-        return len(self.tokens) / self.seconds
+        return self.tokens.numel() / self.seconds
 
 
 @torch.no_grad()
-def decode(model: CharGPT, cache: FlashWithCache, prompt: Tensor, num_new: int) -> Generation:
-    """prompt (s,): one call appends and attends to it, then one call for every token."""
-    device, start = prompt.device, time.perf_counter()
-    tokens, logits = prompt, []
+def decode(model: CharGPT, cache: FlashWithCache, prompts: Tensor, num_new: int) -> Generation:
+    """prompts (b, s): one step appends and attends to all of them, then one step for every token."""
+    device, start = prompts.device, time.perf_counter()
+    tokens, logits = prompts, []
     for _ in range(num_new):
         with autocast(device):
-            logits.append(model(tokens[None], cache)[0, -1].float())
-        cache.cache_seqlens += len(tokens)
-        tokens = logits[-1].argmax()[None]
+            logits.append(model(tokens, cache)[:, -1:].float())
+        cache.cache_seqlens += tokens.shape[1]
+        tokens = logits[-1].argmax(-1)
     synchronize(device)
-    seconds = time.perf_counter() - start
-    return Generation(torch.stack(logits).argmax(-1), torch.stack(logits), seconds)
+    return Generation(torch.cat(logits, dim=1), time.perf_counter() - start)
 
 
 @torch.no_grad()
-def recompute(model: CharGPT, attend: Attend, prompt: Tensor, continuation: Tensor) -> Generation:
+def recompute(model: CharGPT, attend: Attend, prompts: Tensor, continuation: Tensor) -> Generation:
     """At every token of `continuation`, what the model says after all tokens before it, computed from scratch."""
-    device, start = prompt.device, time.perf_counter()
-    sequence, logits = torch.cat([prompt, continuation]), []
-    for length in range(len(prompt), len(sequence)):
+    device, start = prompts.device, time.perf_counter()
+    sequence, logits = torch.cat([prompts, continuation], dim=1), []
+    for length in range(prompts.shape[1], sequence.shape[1]):
         with autocast(device):
-            logits.append(model(sequence[None, :length], attend)[0, -1].float())
+            logits.append(model(sequence[:, :length], attend)[:, -1:].float())
     synchronize(device)
-    seconds = time.perf_counter() - start
-    return Generation(torch.stack(logits).argmax(-1), torch.stack(logits), seconds)
+    return Generation(torch.cat(logits, dim=1), time.perf_counter() - start)

@@ -13,7 +13,8 @@ import pytest
 from flash_attn3 import __main__ as command
 from flash_attn3 import api, cache_api, demo
 
-SMALL = ["--device", "cpu", "--steps", "12", "--tokens", "16"]
+SMALL = ["--device", "cpu", "--steps", "6", "--tokens", "6"]
+SMALLEST = ["--device", "cpu", "--steps", "2", "--tokens", "3"]
 CHECKS = ("gradients before training", "loss curves", "learning", "gradients after training", "generated tokens")
 
 
@@ -24,7 +25,7 @@ def test_passes_and_leaves_a_plot(tmp_path: Path) -> None:
     for name in CHECKS:
         assert f"[ok] {name}: " in result.stdout
     assert "All checks passed." in result.stdout
-    assert "12 steps" in result.stdout and "16 of 16 equal" in result.stdout
+    assert "6 steps" in result.stdout and "48 of 48 equal" in result.stdout
     assert "step/s" in result.stderr, "no progress bar"
     assert (tmp_path / "new" / "flash_attn3.png").read_bytes().startswith(b"\x89PNG")
     for line in ("training  flash_attn3", "decoding  with cache"):
@@ -44,7 +45,7 @@ def test_fails_on_wrong_training_attention(monkeypatch, tmp_path, capsys, wrong:
     right = api.flash_attn_func
     wrapped = functools.wraps(right)(lambda *args, **kwargs: right(*args, **kwargs | wrong))
     monkeypatch.setattr(api, "flash_attn_func", wrapped)
-    assert command.main([*SMALL, "--out", str(tmp_path)]) == 1
+    assert command.main([*SMALLEST, "--out", str(tmp_path)]) == 1
     out = capsys.readouterr().out
     assert f"[FAILED] {failing}" in out
     assert "All checks passed" not in out and "FAILED: " in out.splitlines()[-1]
@@ -54,7 +55,7 @@ def test_fails_on_wrong_training_attention(monkeypatch, tmp_path, capsys, wrong:
 def test_fails_on_wrong_decoding(monkeypatch, tmp_path, capsys, wrong: dict) -> None:
     right = cache_api.flash_attn_with_kvcache
     monkeypatch.setattr(cache_api, "flash_attn_with_kvcache", lambda *a, **kwargs: right(*a, **kwargs | wrong))
-    assert command.main([*SMALL, "--out", str(tmp_path)]) == 1
+    assert command.main([*SMALLEST, "--out", str(tmp_path)]) == 1
     out = capsys.readouterr().out
     assert [line for line in out.splitlines() if "[FAILED]" in line] and "[FAILED] generated tokens" in out
 
