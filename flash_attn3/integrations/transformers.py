@@ -42,8 +42,8 @@ def register(name: str = "fa3") -> None:
 
     or `model.set_attn_implementation("fa3")`. Served: padding on either side, packed sequences (`position_ids` that
     restart, or `cu_seq_lens_*`), dynamic and static caches, sliding windows, softcap, sinks, grouped heads, gradients,
-    `torch.compile(fullgraph=True)`. Refused with `UnsupportedError`: dropout, masks with holes, custom 4-D masks, and
-    attention weights as an output.
+    `torch.compile(fullgraph=True)`. Refused with `UnsupportedError`: dropout, masks with holes, 4-D and
+    other custom masks, more keys than a chunk holds, attention weights as an output, and continuous batching.
 
     A compiled forward cannot look for restarts in `position_ids`: it allows for one at each token, unless it is given
     an `attention_mask` (nothing is packed) or `cu_seq_lens_*`. A model that does not hand `position_ids` to its mask
@@ -94,7 +94,7 @@ def attend(
     if dropout:
         c.unsupported("dropout", dropout, "0", "Set attention_dropout = 0 in the configuration of the model")
     for name in ("position_bias", "cache", "output_attentions"):
-        if others.get(name) not in (None, False):
+        if others.get(name) is not None and others[name] is not False:
             c.unsupported(name, "given", "None", "Choose another attn_implementation")
     side = -1 if sliding_window is None else sliding_window - 1
     options = dict(
@@ -200,8 +200,8 @@ def mask(
         return None
     if not isinstance(end, Tensor) and end == kv_length == q_length:
         return _documents(batch_size, q_length, mask_function, device)
-    end = torch.as_tensor(end, dtype=torch.int32, device=device).expand(batch_size)
-    return _bounds(torch.full_like(end, q_length), torch.zeros_like(end), end)
+    first = torch.zeros(batch_size, dtype=torch.int32, device=device)
+    return _bounds(first + q_length, first, first + end)
 
 
 def _refuse_other_masks(mask_function, use_vmap: bool, local_size: int | None, config: Any, positions: int) -> None:

@@ -56,6 +56,20 @@ def test_cache_is_continued_by_several_tokens(calls):
     assert calls.take() == (2 * LAYERS, 0)
 
 
+def test_mask_may_cover_slots_that_are_not_written_yet(calls):
+    models = decoders("llama", "eager", "fa3")
+    ids, total = tokens(), LENGTH + NEW_TOKENS
+    mask = torch.ones(2, total, dtype=torch.long)
+    mask[0, :5] = 0
+    logits = []
+    with torch.no_grad():
+        for model in models:
+            cache = transformers.StaticCache(config=model.config, max_cache_len=total)
+            logits.append(model(ids, attention_mask=mask, past_key_values=cache).logits[mask[:, :LENGTH].bool()])
+    assert (logits[0] - logits[1]).abs().max() <= TOLERANCE
+    assert calls.take() == (LAYERS, 0)
+
+
 @pytest.mark.unpoisoned
 @pytest.mark.parametrize("name", ["llama", "gpt_oss"])
 def test_compiled_decoding_on_a_static_cache(name, calls):

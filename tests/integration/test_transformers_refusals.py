@@ -35,6 +35,9 @@ def test_what_is_not_served_is_refused():
     ours.eval()
     with pytest.raises(UnsupportedError, match=r"attention_mask = a torch\.bool tensor .*; expected a 2-D mask"):
         ours(tokens(), attention_mask=torch.ones(2, 1, LENGTH, LENGTH, dtype=torch.bool).tril())
+    states = [torch.zeros(1, heads, 3, 16) for heads in (4, 2, 2)]
+    with pytest.raises(UnsupportedError, match="position_bias = given; expected None"):
+        fa3.attend(ours.model.layers[0].self_attn, *states, None, position_bias=torch.zeros(1, 4, 3, 3))
     arguments = dict(inputs_embeds=torch.zeros(2, LENGTH, 64), attention_mask=None, past_key_values=None)
     with pytest.raises(UnsupportedError, match="mask_function = a custom pattern"):
         masking_utils.create_causal_mask(ours.config, **arguments, or_mask_function=lambda b, h, q, k: k >= 0)
