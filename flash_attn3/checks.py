@@ -192,7 +192,9 @@ class Checks:
                     self.unsupported(argument, "a tensor that requires grad", "no gradient through this call", hint)
 
     def writable(self, argument: str, out: Tensor, inputs: dict[str, Tensor | None]) -> None:
-        """`out` is written: its elements are distinct bytes, and none belongs to an input."""
+        """`out` is written: its elements are distinct bytes, and none belongs to an input. Unknown while tracing."""
+        if torch.compiler.is_compiling():
+            return
         extent = 1
         for stride, size in sorted(zip(out.stride(), out.shape, strict=True)):
             if size > 1 and stride < extent:
@@ -202,7 +204,7 @@ class Checks:
                     "a tensor without overlap in itself",
                 )
             extent += (size - 1) * stride if size > 1 else 0
-        if torch.compiler.is_compiling() or out.numel() == 0:
+        if out.numel() == 0:
             return
         if any(torch._C._functorch.is_batchedtensor(x) for x in (out, *inputs.values()) if x is not None):
             self.unsupported(argument, "a tensor under vmap", "no vmap over calls that write into their arguments")

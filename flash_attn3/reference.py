@@ -76,28 +76,21 @@ def attention(
     length = used
     rotary = (rotary_cos, rotary_sin, rotary_seqlens, rotary_interleaved)
     if k_new is not None:
-        scales = {"k_descale": k_descale, "v_descale": v_descale, "leftpad_k": leftpad_k}
         length = [min(used[n] + len(_rows(k_new, n, cu_seqlens_k_new)), cache.capacity(k, n)) for n in range(batch)]
-        k, v = append(k, v, k_new, v_new, used, *rotary, *cache[1:], cu_seqlens_k_new, **scales)
+        scales = {"k_descale": k_descale, "v_descale": v_descale, "leftpad_k": leftpad_k}
+        k, v = append(k, v, k_new, v_new, used, *rotary, kv_batch_idx, page_table, cu_seqlens_k_new, **scales)
     advance = causal or any(side not in (-1, None) for side in window_size or ())
 
-    q_rows = _flat(q)
-    num_rows, num_heads = q_rows.shape[:2]
-    out = q_rows.new_zeros(num_rows, num_heads, v.shape[-1], dtype=compute)
-    lse = q_rows.new_full((num_rows, num_heads), -torch.inf, dtype=compute)
-    num_keys = torch.full((num_rows,), -1, device=q.device)
-    max_logits = [lse.new_empty(0, num_heads)]
+    parts = []
     for n in range(batch):
         rows = _rows(q, n, cu_seqlens_q, seqused_q)
         slots = torch.arange(padding[n], length[n], device=q.device)
-        q_n = q_rows[rows]  # (n_q, h, d)
-        if rotary_cos is not None:
-            q_n = rotate(q_n, *rotary, n, used[n], advance).to(q.dtype)
+        q_n = _rotate(_flat(q)[rows], *rotary, n, used[n], advance).to(q.dtype)
         total = None if cp_tot_seqused_k is None else int(cp_tot_seqused_k[n])
         mask = visible(len(rows), len(slots), causal, window_size, attention_chunk, cp_world_size, cp_rank, total)
         mask = mask.to(q.device)
-        out_n, lse_n, max_logits_n = _attend(
-            _dequantise(q_n.to(compute), q_descale, n),
+        out, lse, max_logits = _attend(
+            _dequantise(q_n.to(compute), q_descale, n),  # (n_q, h, d)
             _dequantise(k[cache.address(k, n, slots)].to(compute), k_descale, n),  # (n_k, h_kv, d)
             _dequantise(v[cache.address(v, n, slots)].to(compute), v_descale, n),
             None if qv is None else _flat(qv)[rows].to(compute),
@@ -107,15 +100,8 @@ def attention(
             softcap,
             precision,
         )
-        out, lse = out.index_copy(0, rows, out_n), lse.index_copy(0, rows, lse_n)
-        num_keys[rows] = mask.sum(-1)
-        max_logits.append(max_logits_n[None])
-    max_logits = torch.cat(max_logits)
-    if cu_seqlens_q is not None:
-        return Result(out, lse.T, max_logits, num_keys)
-    shape = q.shape[:2]
-    lse = lse.unflatten(0, shape).transpose(1, 2)
-    return Result(out.unflatten(0, shape), lse, max_logits, num_keys.unflatten(0, shape))
+        parts.append((rows, out, lse, mask.sum(-1), max_logits))
+    return _assemble(q, v.shape[-1], compute, parts, dense=cu_seqlens_q is None)
 
 
 def visible(
@@ -175,8 +161,7 @@ def append(
         rows = _rows(k_new, n, cu_seqlens_k_new)
         slots = torch.arange(used, min(used + len(rows), cache.capacity(k_cache, n)), device=k_cache.device)
         keys, values = _flat(k_new)[rows[: len(slots)]], _flat(v_new)[rows[: len(slots)]]  # (s_new, h_kv, d|dv)
-        if rotary_cos is not None:
-            keys = rotate(keys, rotary_cos, rotary_sin, rotary_seqlens, rotary_interleaved, n, used, advance=True)
+        keys = _rotate(keys, rotary_cos, rotary_sin, rotary_seqlens, rotary_interleaved, n, used, advance=True)
         if k_cache.dtype == torch.float8_e4m3fn and k_new.dtype != k_cache.dtype:
             keys = _quantise(keys, k_cache.dtype, k_descale, n, first)
             values = _quantise(values, v_cache.dtype, v_descale, n, first)
@@ -185,38 +170,14 @@ def append(
     return k_cache, v_cache
 
 
-def rotate(
-    x: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    seqlens: Tensor | None,
-    interleaved: bool,
-    n: int,
-    used: int,
-    advance: bool,
-) -> Tensor:
-    """Rotary embedding in fp64 of rows x (s, h, d) that start at `seqlens[n]`, else at `used`, and may advance."""
-    base = used if seqlens is None else int(seqlens[n])
-    positions = base + torch.arange(len(x), device=x.device) * int(advance)
-    positions = positions.clamp(0, len(cos) - 1)
-    cos, sin = cos.double()[positions][:, None], sin.double()[positions][:, None]  # (s, 1, rotary_dim / 2)
-    half = cos.shape[-1]
-    first = slice(0, 2 * half, 2) if interleaved else slice(0, half)
-    second = slice(1, 2 * half, 2) if interleaved else slice(half, 2 * half)
-    x = x.double()
-    rotated = x.clone()
-    rotated[..., first] = x[..., first] * cos - x[..., second] * sin
-    rotated[..., second] = x[..., first] * sin + x[..., second] * cos
-    return rotated
-
-
 def combine(out_partial: Tensor, lse_partial: Tensor) -> tuple[Tensor, Tensor]:
     """Merge partial states: out (S, ..., s, h, d) and lse (S, ..., s, h) in fp64 to (..., s, h, d) and (..., s, h)."""
     lse_partial = lse_partial.double()
     present = lse_partial != -torch.inf
-    lse = torch.logsumexp(lse_partial, 0)
-    shift = torch.where(present.any(0), lse, 0.0)
+    some = present.any(0)
+    shift = torch.logsumexp(torch.where(some, lse_partial, 0.0), 0)
     weights = torch.where(present, torch.exp(lse_partial - shift), 0.0)[..., None]
+    lse = torch.where(some, shift, -torch.inf)
     return torch.where(present[..., None], weights * out_partial.double(), 0.0).sum(0), lse
 
 
@@ -225,6 +186,22 @@ def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[T
     lse_partial = torch.stack([lse_a, lse_b]).transpose(-1, -2)
     out, lse = combine(torch.stack([out_a.double(), out_b.double()]), lse_partial)
     return out, lse.transpose(-1, -2)
+
+
+def _assemble(q: Tensor, head_dim_v: int, dtype: torch.dtype, parts: list[tuple], dense: bool) -> Result:
+    """Results of sequences to those of the call, with rows that no sequence covers as the contract wants them."""
+    num_heads = q.shape[-2]
+    out = torch.zeros(_flat(q).shape[0], num_heads, head_dim_v, dtype=dtype, device=q.device)
+    lse = torch.full_like(out[..., 0], -torch.inf)
+    num_keys = torch.full_like(lse[:, 0], -1, dtype=torch.int64)
+    for rows, out_n, lse_n, num_keys_n, _ in parts:
+        out, lse = out.index_copy(0, rows, out_n), lse.index_copy(0, rows, lse_n)
+        num_keys[rows] = num_keys_n
+    max_logits = torch.stack([part[-1] for part in parts]) if parts else lse[:0]
+    if not dense:
+        return Result(out, lse.T, max_logits, num_keys)
+    out, lse, num_keys = (x.unflatten(0, q.shape[:2]) for x in (out, lse, num_keys))
+    return Result(out, lse.transpose(1, 2), max_logits, num_keys)
 
 
 def _attend(q, k, v, qv, s_aux, mask, scale, softcap, precision) -> tuple[Tensor, Tensor, Tensor]:
@@ -296,13 +273,14 @@ class _Slots(NamedTuple):
             return 0
         return cache.shape[1] if self.page_table is None else self.page_table.shape[1] * cache.shape[1]
 
-    def address(self, cache: Tensor, n: int, slots: Tensor) -> tuple[Tensor | int, ...]:
+    def address(self, cache: Tensor, n: int, slots: Tensor) -> tuple[Tensor, ...]:
         if self.cu_seqlens is not None:
             return (_rows(cache, n, self.cu_seqlens)[slots],)
+        row = torch.full_like(slots, self._row(n))
         if self.page_table is None:
-            return (self._row(n), slots)
+            return (row, slots)
         page_size = cache.shape[1]
-        return (self.page_table[self._row(n), slots // page_size].long(), slots % page_size)
+        return (self.page_table[row, slots // page_size].long(), slots % page_size)
 
     def _row(self, n: int) -> int:
         return n if self.kv_batch_idx is None else int(self.kv_batch_idx[n])
@@ -340,6 +318,24 @@ def _scale_of_tokens(descale: Tensor, n: int, first: int, shape: torch.Size) -> 
         return scale.repeat_interleave(num_heads // max(len(scale), 1))[None, :, None]
     tokens = torch.arange(first, first + num_tokens, device=scale.device)
     return scale[:, tokens // FP8_BLOCK].T[..., None]
+
+
+def _rotate(x, cos, sin, seqlens, interleaved: bool, n: int, used: int, advance: bool) -> Tensor:
+    """Rotary embedding in fp64 of rows x (s, h, d) that start at position seqlens[n], else `used`, and may advance."""
+    if cos is None:
+        return x
+    base = used if seqlens is None else int(seqlens[n])
+    positions = base + torch.arange(len(x), device=x.device) * int(advance)
+    positions = positions.clamp(0, len(cos) - 1)
+    cos, sin = cos.double()[positions][:, None], sin.double()[positions][:, None]  # (s, 1, rotary_dim / 2)
+    half = cos.shape[-1]
+    first = slice(0, 2 * half, 2) if interleaved else slice(0, half)
+    second = slice(1, 2 * half, 2) if interleaved else slice(half, 2 * half)
+    x = x.double()
+    rotated = x.clone()
+    rotated[..., first] = x[..., first] * cos - x[..., second] * sin
+    rotated[..., second] = x[..., first] * sin + x[..., second] * cos
+    return rotated
 
 
 def _dequantise(x: Tensor, descale: Tensor | None, n: int) -> Tensor:

@@ -13,6 +13,9 @@ from torch import Tensor
 
 from .. import reference
 
+NO_INFLUENCE_ON_MASK = {"q", "k", "v", "qv", "s_aux", "softcap", "softmax_scale", "q_descale", "k_descale", "v_descale"}
+NO_INFLUENCE_ON_MASK |= {"rotary_cos", "rotary_sin", "rotary_seqlens", "rotary_interleaved"}
+
 
 def values(shape: tuple[int, ...], dtype: torch.dtype, distribution: str = "normal", seed: int = 0) -> Tensor:
     """Random values: normal, paper (N(0,1) + N(0,100) Bernoulli(0.001)), huge (N(0, 30^2)) or constant."""
@@ -76,6 +79,7 @@ def make_inputs(
     page_size: int = 16,
     strided: bool = False,
     seed: int = 0,
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """Tensors of a case. Whatever no row can see is NaN, and unused table entries are -1 or huge.
 
@@ -96,9 +100,7 @@ def make_inputs(
         rows, slots = (int(extent_q.sum()),), (int(extent_k.sum()),)
     elif layout == "cache":
         case["seqused_k"] = lengths(batch, seqlen_k, seed)
-        case["leftpad_k"] = (
-            torch.rand(batch, generator=torch.Generator().manual_seed(seed)) * case["seqused_k"] / 2
-        ).int()
+        case["leftpad_k"] = torch.minimum(lengths(batch, 9, seed + 1), case["seqused_k"])
         case["kv_batch_idx"] = _permutation(batch + 2, seed)[:batch]
         slots = (batch + 2, seqlen_k + 3)
     elif layout == "paged":
@@ -112,10 +114,11 @@ def make_inputs(
         name: values(shape, dtype, distribution, seed + 10 * i) for i, (name, shape) in enumerate(shapes.items())
     }
     case = poison(tensors | case)
+    case = {name: x.to(device) for name, x in case.items()}
     if strided:
         case |= {name: restrided(case[name], seed + i) for i, name in enumerate(shapes)}
     if sink:
-        case["s_aux"] = values((num_heads,), torch.float32, seed=seed + 7)
+        case["s_aux"] = values((num_heads,), torch.float32, seed=seed + 7).to(device)
     return case
 
 
@@ -137,18 +140,18 @@ def _page_table(used: Tensor, seqlen_k: int, page_size: int, seed: int) -> tuple
 
 def poison(case: dict[str, Any], value: float = math.nan) -> dict[str, Any]:
     """The case with `value` in every query row that sees nothing and every key and value that no row sees."""
-    tensors = {"q", "k", "v", "qv", "s_aux", "q_descale", "k_descale", "v_descale", "k_new", "v_new"}
-    masks = {name: argument for name, argument in case.items() if name not in tensors}
-    q, v = case.get("q", case.get("qv")), case["v"]
-    ones = torch.ones(*v.shape[:-1], 1, device=v.device, requires_grad=True)
-    result = reference.attention(
-        q.new_zeros(*q.shape[:-1], 1, dtype=torch.float32), torch.zeros_like(ones), ones, **masks
-    )
-    result.out.sum().backward()  # uniform weights: the gradient of a value is positive where some row sees it
-    blind, unseen = result.num_keys <= 0, ones.grad.sum(-2)[..., 0] == 0
+    masks = {name: argument for name, argument in case.items() if name not in NO_INFLUENCE_ON_MASK}
+    masks |= {name: torch.zeros_like(case[name][..., :1]) for name in ("k_new", "v_new") if name in case}
+    queries = [case[name] for name in ("q", "qv") if case.get(name) is not None]
+    q = torch.zeros_like(queries[0][..., :1], dtype=torch.float32)
+    v = torch.ones_like(case["v"][..., :1], dtype=torch.float32).requires_grad_()
+    result = reference.attention(q, torch.zeros_like(v), v, **masks)
+    # The weights are uniform: a value has a positive gradient where some row sees it. An empty call has no graph.
+    (result.out.sum() + 0 * v.sum()).backward()
+    blind, unseen = result.num_keys <= 0, v.grad.sum(-2)[..., 0] == 0
 
     def fill(x: Tensor, rows: Tensor) -> Tensor:
         return x.float().masked_fill(rows[..., None, None], value).to(x.dtype)
 
-    filled = {name: fill(case[name], blind) for name in ("q", "qv") if case.get(name) is not None}
-    return case | filled | {name: fill(case[name], unseen) for name in ("k", "v") if case.get(name) is not None}
+    rows = {"q": blind, "qv": blind, "k": unseen, "v": unseen}
+    return case | {name: fill(case[name], where) for name, where in rows.items() if case.get(name) is not None}

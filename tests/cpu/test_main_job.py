@@ -4,11 +4,14 @@
 from __future__ import annotations
 
 import functools
+import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from flash_attn3 import __main__ as command
 from flash_attn3 import api, cache_api, demo
@@ -18,9 +21,19 @@ SMALLEST = ["--device", "cpu", "--steps", "2", "--tokens", "3"]
 CHECKS = ("gradients before training", "loss curves", "learning", "gradients after training", "generated tokens")
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads that wait for each other take minutes where other processes hold the cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def test_passes_and_leaves_a_plot(tmp_path: Path) -> None:
     arguments = [sys.executable, "-m", "flash_attn3", *SMALL, "--out", str(tmp_path / "new")]
-    result = subprocess.run(arguments, capture_output=True, text=True, timeout=300, check=False)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    result = subprocess.run(arguments, capture_output=True, text=True, timeout=300, check=False, env=environment)
     assert result.returncode == 0, result.stdout + result.stderr
     for name in CHECKS:
         assert f"[ok] {name}: " in result.stdout
