@@ -30,7 +30,12 @@ def received(value: Any) -> str:
 
 
 def as_index(value: Any) -> int | None:
-    """`operator.index`, or None for what is no integer: bool, tensors and arrays among others."""
+    """`operator.index`, or None for what is no integer: bool, tensors and arrays among others.
+
+    A size that is symbolic, while tracing, stays so: its index would be a guard on its value.
+    """
+    if type(value) is int or isinstance(value, torch.SymInt):
+        return value
     if isinstance(value, (bool, Tensor)):
         return None
     try:
@@ -85,7 +90,7 @@ class Checks:
     def integer(self, argument: str, value: Any, low: int, high: int | None = INT32_MAX) -> int:
         """An integer, also of numpy, in [low, high]."""
         expected = f"an integer >= {low}" if high is None else f"an integer in [{low}, {high}]"
-        number = value if type(value) is int or isinstance(value, torch.SymInt) else as_index(value)
+        number = as_index(value)
         if number is None:
             self.fail_type(argument, received(value), expected)
         if number < low or (high is not None and number > high):

@@ -211,7 +211,7 @@ def _used(
     """(b,) lengths; an integer holds for every sequence, and None for full pages."""
     if isinstance(used, Tensor) or (used is None and page_table is None):
         return c.index("seqused_k", used, (("b", batch),), q)
-    if used is not None and as_index(used) is None and not isinstance(used, torch.SymInt):
+    if used is not None and as_index(used) is None:
         c.fail_type("seqused_k", received(used), "an integer or an int32 tensor (b,)")
     length = capacity if used is None else c.integer("seqused_k", used, 0)
     if length + appended > capacity:

@@ -3,8 +3,8 @@
 
 Two correct implementations of attention differ by rounding only. In fp32 that moves the gradient of this model by
 about 1e-6 of its norm, and training does not amplify it: the loss curves of SDPA's own two CPU kernels stay within
-1e-6 of each other over 150 steps (measured). A bound of 1e-4 (four decimals) is far above the one and far below what a wrong
-mask, scale or head does, which is 1e-2 and more. In bf16, rounding is 2^16 times coarser than in fp32 and part
+1e-6 of each other over 150 steps (measured). A bound of 1e-4 (four decimals) is far above the one and far below what
+a wrong mask, scale or head does, which is 1e-2 and more. In bf16, rounding is 2^16 times coarser than in fp32 and part
 of the result averages out; 3e-2 leaves the same room.
 """
 

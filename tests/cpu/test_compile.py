@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.eval_frame import _debug_get_cache_entry_list
 
 import flash_attn3
 from flash_attn3 import (
@@ -29,8 +29,10 @@ HALF = torch.bfloat16
 
 @pytest.fixture(autouse=True)
 def fresh_dynamo() -> Iterator[None]:
+    """No guard that sizes which happened to be equal at first stay equal: what is left are guards of this package."""
     torch._dynamo.reset()
-    yield
+    with torch.fx.experimental._config.patch(use_duck_shape=False):
+        yield
     torch._dynamo.reset()
 
 
@@ -43,8 +45,7 @@ class Compiled:
 
     def __init__(self, fn: Callable, **options) -> None:
         self.fn = fn
-        self.counter = CompileCounterWithBackend("aot_eager")
-        self.compiled = torch.compile(fn, fullgraph=True, backend=self.counter, **options)
+        self.compiled = torch.compile(fn, fullgraph=True, backend="aot_eager", **options)
 
     def check(self, *inputs) -> None:
         results = [self._run(fn, inputs) for fn in (self.fn, self.compiled)]
@@ -54,7 +55,7 @@ class Compiled:
 
     @property
     def compilations(self) -> int:
-        return self.counter.frame_count
+        return len(_debug_get_cache_entry_list(self.fn))
 
     @staticmethod
     def _run(fn: Callable, inputs) -> list[torch.Tensor]:
@@ -108,13 +109,16 @@ def test_dense_with_a_sink_and_without_dynamic_shapes_at_first() -> None:
     assert compiled.compilations <= 2
 
 
-def test_scalars_may_vary() -> None:
+def test_a_window_may_vary_and_a_scale_is_a_constant() -> None:
+    """Windows are symbolic integers; an op takes no symbolic float, so each scale compiles, as for torch's SDPA."""
     compiled = Compiled(
         lambda q, k, v, scale, left: flash_attn_func(q, k, v, scale, window_size=(left, 0)), dynamic=True
     )
-    for scale, left in ((0.5, 3), (0.25, 4), (0.3, 9)):
-        compiled.check(*dense(2, 5, 7), scale, left)
-    assert compiled.compilations <= 2
+    for left in (3, 4, 9):
+        compiled.check(*dense(2, 5, 7), 0.5, left)
+    assert compiled.compilations == 1
+    compiled.check(*dense(2, 5, 7), 0.25, 3)
+    assert compiled.compilations == 2
 
 
 @pytest.mark.parametrize("used", [False, True])
@@ -324,5 +328,5 @@ def test_export(strict: bool) -> None:
 def test_why_and_errors_under_compile() -> None:
     """A refusal reaches the caller as itself."""
     bad = torch.compile(lambda q, k, v: flash_attn_func(q, k, v, softmax_scale=-1.0), backend="aot_eager")
-    with pytest.raises(flash_attn3.FlashAttn3ValueError, match="softmax_scale = -1.0; expected"):
+    with pytest.raises(flash_attn3.FlashAttn3ValueError, match=r"softmax_scale = -1\.0; expected"):
         bad(*dense(2, 5, 7))
