@@ -77,8 +77,8 @@ def attention(
     rotary = (rotary_cos, rotary_sin, rotary_seqlens, rotary_interleaved)
     if k_new is not None:
         length = [min(used[n] + len(_rows(k_new, n, cu_seqlens_k_new)), cache.capacity(k, n)) for n in range(batch)]
-        scales = {"k_descale": k_descale, "v_descale": v_descale, "leftpad_k": leftpad_k}
-        k, v = append(k, v, k_new, v_new, used, *rotary, kv_batch_idx, page_table, cu_seqlens_k_new, **scales)
+        indices = (kv_batch_idx, page_table, cu_seqlens_k_new)
+        k, v = append(k, v, k_new, v_new, used, *rotary, *indices, k_descale=k_descale, v_descale=v_descale)
     advance = causal or any(side not in (-1, None) for side in window_size or ())
 
     parts = []
@@ -90,9 +90,9 @@ def attention(
         mask = visible(len(rows), len(slots), causal, window_size, attention_chunk, cp_world_size, cp_rank, total)
         mask = mask.to(q.device)
         out, lse, max_logits = _attend(
-            _dequantise(q_n.to(compute), q_descale, n),  # (n_q, h, d)
-            _dequantise(k[cache.address(k, n, slots)].to(compute), k_descale, n),  # (n_k, h_kv, d)
-            _dequantise(v[cache.address(v, n, slots)].to(compute), v_descale, n),
+            _dequantise(q_n.to(compute), q_descale, n, first=0),  # (n_q, h, d)
+            _dequantise(k[cache.address(k, n, slots)].to(compute), k_descale, n, padding[n]),  # (n_k, h_kv, d)
+            _dequantise(v[cache.address(v, n, slots)].to(compute), v_descale, n, padding[n]),
             None if qv is None else _flat(qv)[rows].to(compute),
             None if s_aux is None else s_aux.to(compute),
             mask,
@@ -147,7 +147,6 @@ def append(
     *,
     k_descale: Tensor | None = None,
     v_descale: Tensor | None = None,
-    leftpad_k: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Copies of the caches with new keys (rotated) and values written behind the used slots of each sequence.
 
@@ -157,14 +156,13 @@ def append(
     k_cache, v_cache = k_cache.clone(), v_cache.clone()
     cache = _Slots(None, kv_batch_idx, page_table)
     for n, used in enumerate(int(x) for x in cache_seqlens):
-        first = used - (0 if leftpad_k is None else int(leftpad_k[n]))
         rows = _rows(k_new, n, cu_seqlens_k_new)
         slots = torch.arange(used, min(used + len(rows), cache.capacity(k_cache, n)), device=k_cache.device)
         keys, values = _flat(k_new)[rows[: len(slots)]], _flat(v_new)[rows[: len(slots)]]  # (s_new, h_kv, d|dv)
         keys = _rotate(keys, rotary_cos, rotary_sin, rotary_seqlens, rotary_interleaved, n, used, advance=True)
         if k_cache.dtype == torch.float8_e4m3fn and k_new.dtype != k_cache.dtype:
-            keys = _quantise(keys, k_cache.dtype, k_descale, n, first)
-            values = _quantise(values, v_cache.dtype, v_descale, n, first)
+            keys = _quantise(keys, k_cache.dtype, k_descale, n, used)
+            values = _quantise(values, v_cache.dtype, v_descale, n, used)
         k_cache[cache.address(k_cache, n, slots)] = keys.to(k_cache.dtype)
         v_cache[cache.address(v_cache, n, slots)] = values.to(v_cache.dtype)
     return k_cache, v_cache
@@ -193,7 +191,7 @@ def _assemble(q: Tensor, head_dim_v: int, dtype: torch.dtype, parts: list[tuple]
     num_heads = q.shape[-2]
     out = torch.zeros(_flat(q).shape[0], num_heads, head_dim_v, dtype=dtype, device=q.device)
     lse = torch.full_like(out[..., 0], -torch.inf)
-    num_keys = torch.full_like(lse[:, 0], -1, dtype=torch.int64)
+    num_keys = torch.full(lse.shape[:1], -1, dtype=torch.int64, device=q.device)
     for rows, out_n, lse_n, num_keys_n, _ in parts:
         out, lse = out.index_copy(0, rows, out_n), lse.index_copy(0, rows, lse_n)
         num_keys[rows] = num_keys_n
@@ -307,11 +305,11 @@ def _used(n: int, capacity: int, seqused: Tensor | int | None) -> int:
 
 def _flat(x: Tensor) -> Tensor:
     """(b, s, h, d) or (t, h, d) to (t, h, d)."""
-    return x.reshape(-1, *x.shape[-2:])
+    return x.flatten(0, -3)
 
 
 def _scale_of_tokens(descale: Tensor, n: int, first: int, shape: torch.Size) -> Tensor:
-    """Descales of x (s, heads, d), whose row 0 is token `first` of sequence n: (s, heads, 1)."""
+    """Descales of x (s, heads, d), whose row 0 is token (of a cache: slot) `first` of sequence n: (s, heads, 1)."""
     num_tokens, num_heads = shape[:2]
     scale = descale[n]  # (h_kv,), or (heads, blocks)
     if scale.ndim == 1:
@@ -338,8 +336,8 @@ def _rotate(x, cos, sin, seqlens, interleaved: bool, n: int, used: int, advance:
     return rotated
 
 
-def _dequantise(x: Tensor, descale: Tensor | None, n: int) -> Tensor:
-    return x if descale is None else x * _scale_of_tokens(descale, n, 0, x.shape).to(x.dtype)
+def _dequantise(x: Tensor, descale: Tensor | None, n: int, first: int) -> Tensor:
+    return x if descale is None else x * _scale_of_tokens(descale, n, first, x.shape).to(x.dtype)
 
 
 def _quantise(x: Tensor, dtype: torch.dtype, descale: Tensor, n: int, first: int) -> Tensor:

@@ -9,10 +9,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
 
 from flash_attn3 import reference
-from flash_attn3.reference import append, attention, combine, merge, visible
+from flash_attn3.reference import attention, combine, merge, visible
 from flash_attn3.testing import bitwise_equal, make_inputs, offsets, poison, rmse
 
 INF = math.inf
@@ -70,9 +71,10 @@ def test_visible_by_hand():
 def test_matches_torch(options):
     q, k, v = dense(s_q=8, s_k=8)
     mask = visible(8, 8, **options)
-    expected = F.scaled_dot_product_attention(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, enable_gqa=True
-    )
+    with sdpa_kernel(SDPBackend.MATH):
+        expected = F.scaled_dot_product_attention(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, enable_gqa=True
+        )
     result = attention(q, k, v, **options)
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k.repeat_interleave(2, 2)) / math.sqrt(8)
     scores = scores.masked_fill(~mask, -INF)
@@ -93,6 +95,25 @@ def test_two_keys_by_hand():
     assert result.max_logits.item() == pytest.approx(s_1)
 
 
+@pytest.mark.parametrize("options", MASKS)
+@pytest.mark.parametrize("scores", [{}, {"softcap": 1.5, "softmax_scale": 0.8}])
+def test_pair_by_pair(options, scores):
+    """Every feature of dense attention at once, in Python's own arithmetic."""
+    q, k, v, qv, s_aux = *dense(s_q=4, s_k=5, h=4, h_kv=2, d=3, dv=2), randn(2, 4, 4, 2), randn(4)
+    result = attention(q, k, v, qv=qv, s_aux=s_aux, **options | scores)
+    scale, softcap, mask = scores.get("softmax_scale", 5**-0.5), scores.get("softcap", 0.0), visible(4, 5, **options)
+    for n, i, a in itertools.product(range(2), range(4), range(4)):
+        total, out = math.exp(s_aux[a]), [0.0, 0.0]
+        for j in mask[i].nonzero()[:, 0].tolist():
+            key, value = k[n, j, a // 2].tolist(), v[n, j, a // 2].tolist()
+            score = sum(x * y for x, y in zip(q[n, i, a].tolist() + qv[n, i, a].tolist(), key + value, strict=True))
+            score = softcap * math.tanh(score * scale / softcap) if softcap else score * scale
+            total += math.exp(score)
+            out = [x + math.exp(score) * y for x, y in zip(out, value, strict=True)]
+        assert result.out[n, i, a].tolist() == pytest.approx([x / total for x in out])
+        assert result.lse[n, a, i].item() == pytest.approx(math.log(total))
+
+
 @pytest.mark.parametrize("options", [*MASKS, {"softcap": 1.5}, {"softmax_scale": 0.0}])
 @pytest.mark.parametrize("sink", [False, True])
 @pytest.mark.parametrize("s_q", [3, 6])
@@ -102,6 +123,24 @@ def test_gradients_by_finite_differences(options, sink, s_q):
 
     def outputs(q, k, v, s_aux):
         result = attention(q, k, v, s_aux=s_aux, **options)
+        return result.out, torch.where(result.lse == -INF, 0.0, result.lse)
+
+    assert torch.autograd.gradcheck(outputs, (q, k, v, s_aux), eps=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": True, "softcap": 2.0}])
+def test_gradients_of_padded_sequences_by_finite_differences(options):
+    q, k, v, s_aux = (
+        randn(7, 2, 3, grad=True),
+        randn(9, 1, 3, grad=True),
+        randn(9, 1, 2, grad=True),
+        randn(2, grad=True),
+    )
+    extents = {"cu_seqlens_q": int32(1, 4, 4, 7), "cu_seqlens_k": int32(0, 5, 7, 9)}
+    used = {"seqused_q": int32(2, 0, 3), "seqused_k": int32(4, 2, 2)}
+
+    def outputs(q, k, v, s_aux):
+        result = attention(q, k, v, s_aux=s_aux, **extents, **used, **options)
         return result.out, torch.where(result.lse == -INF, 0.0, result.lse)
 
     assert torch.autograd.gradcheck(outputs, (q, k, v, s_aux), eps=1e-6, atol=1e-6)
@@ -182,54 +221,12 @@ def test_used_lengths_cut_extents():
     assert (result.num_keys[4:] == -1).all()
 
 
-def test_cache_row_padding_and_length():
-    q, (k, v) = randn(2, 3, 4, 8), (randn(5, 9, 2, 8), randn(5, 9, 2, 16))
-    options = {"kv_batch_idx": int32(3, 1), "leftpad_k": int32(2, 0), "seqused_k": int32(7, 9), "causal": True}
-    result = attention(q, k, v, **options)
-    assert_close(result.out[:1], attention(q[:1], k[3:4, 2:7], v[3:4, 2:7], causal=True).out)
-    assert_close(result.out[1:], attention(q[1:], k[1:2], v[1:2], causal=True).out)
-    assert (attention(q, k, v, kv_batch_idx=int32(5, -1)).num_keys == 0).all()
-
-
-@pytest.mark.parametrize("page_size", [1, 3, 4])
-def test_pages_are_a_gathered_cache(page_size):
-    q, k, v = randn(2, 3, 4, 8), randn(12, page_size, 2, 8), randn(12, page_size, 2, 16)
-    table = int32(7, 2, 11, -1, 3, 3, -1, 2**30).view(2, 4)
-    used = int32(3 * page_size - 1, page_size + 1) if page_size > 1 else int32(3, 2)
-    gathered = [x[table[:, :2].long()].flatten(1, 2) for x in (k, v)]
-    last = [torch.cat([x, pool[torch.tensor([11, 0])]], 1) for x, pool in zip(gathered, (k, v), strict=True)]
-    options = {"seqused_k": used, "causal": True}
-    assert_close(attention(q, k, v, page_table=table, **options).out, attention(q, *last, **options).out)
-
-
 def test_qv_extends_the_head_dimension():
     q, k, v = dense(dv=16)
     qv = randn(2, 5, 4, 16)
     expected = attention(torch.cat([q, qv], -1), torch.cat([k, v], -1), v, causal=True)
     assert_close(attention(q, k, v, qv=qv, causal=True).out, expected.out)
     assert_close(attention(None, None, v, qv=qv).out, attention(qv, v, v).out)
-
-
-def test_context_parallel_ranks_merge_to_the_whole():
-    world, total, n_q = 3, int32(11, 5), 4
-    q, k, v = randn(2, n_q, 4, 8), randn(2, 12, 2, 8), randn(2, 12, 2, 16)
-    whole = attention(q, k, v, seqused_k=total, causal=True)
-    out, lse = torch.zeros_like(whole.out), torch.full_like(whole.lse, -INF)
-    for rank in range(world):
-        local = ((total - rank + world - 1) // world).int()
-        part = attention(
-            q,
-            k[:, rank::world],
-            v[:, rank::world],
-            seqused_k=local,
-            causal=True,
-            cp_world_size=world,
-            cp_rank=rank,
-            cp_tot_seqused_k=total,
-        )
-        out, lse = merge(out, lse, part.out, part.lse)
-    assert_close(out, whole.out)
-    assert_close(lse, whole.lse)
 
 
 def test_combine_of_parts_is_the_whole():
@@ -276,93 +273,6 @@ def test_nan_stays_where_it_is_seen():
     expected[1, 3:, 0] = torch.nan  # rows that see the key
     expected[0, 4:, 1, 7] = INF  # rows that see the value, that column only
     assert_close(attention(*bad, causal=True).out, expected, equal_nan=True)
-
-
-def test_descales():
-    q, k, v = (x.to(torch.float8_e4m3fn) for x in dense(s_q=130, s_k=300, d=16))
-    per_head = {name: torch.rand(2, 2) + 0.5 for name in ("q_descale", "k_descale", "v_descale")}
-    scaled = [
-        x.double() * scale.double().repeat_interleave(x.shape[2] // 2, 1)[:, None, :, None]
-        for x, scale in zip((q, k, v), per_head.values(), strict=True)
-    ]
-    assert_close(attention(q, k, v, **per_head).out, attention(*scaled).out)
-    blocks = {"q_descale": (2, 4, 2), "k_descale": (2, 2, 3), "v_descale": (2, 2, 4)}
-    per_block = {name: torch.rand(shape) + 0.5 for name, shape in blocks.items()}
-    scaled = []
-    for x, scale in zip((q, k, v), per_block.values(), strict=True):
-        scaled.append(x.double())
-        for token in range(x.shape[1]):
-            scaled[-1][:, token] *= scale[:, :, token // 128, None]
-    assert_close(attention(q, k, v, **per_block).out, attention(*scaled).out)
-    assert (attention(q, k, v, **per_head | {"v_descale": torch.zeros(2, 2)}).out == 0).all()
-
-
-def rotary_tables(length: int, rotary_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
-    angles = torch.arange(length, **fp64)[:, None] * 10.0 ** -torch.arange(rotary_dim // 2, **fp64)
-    return angles.cos(), angles.sin()
-
-
-@pytest.mark.parametrize("interleaved", [True, False])
-def test_append_rotates_and_writes_only_its_slots(interleaved):
-    k_cache, v_cache, k_new, v_new = randn(4, 9, 2, 8), randn(4, 9, 2, 16), randn(2, 3, 2, 8), randn(2, 3, 2, 16)
-    cos, sin = rotary_tables(32, 6)
-    rotary = {"rotary_cos": cos, "rotary_sin": sin, "rotary_interleaved": interleaved}
-    k, v = append(k_cache, v_cache, k_new, v_new, int32(5, 8), kv_batch_idx=int32(2, 0), **rotary)
-    expected = k_new.clone()
-    for n, u, m in itertools.product(range(2), range(3), range(3)):
-        a, b = (2 * m, 2 * m + 1) if interleaved else (m, m + 3)
-        turn = torch.complex(*(table[(5, 8)[n] + u, m] for table in (cos, sin)))
-        turned = torch.complex(k_new[n, u, :, a], k_new[n, u, :, b]) * turn
-        expected[n, u, :, a], expected[n, u, :, b] = turned.real, turned.imag
-    want_k, want_v = k_cache.clone(), v_cache.clone()
-    want_k[2, 5:8], want_v[2, 5:8] = expected[0], v_new[0]
-    want_k[0, 8], want_v[0, 8] = expected[1, 0], v_new[1, 0]  # two of three rows exceed the capacity
-    assert_close(k, want_k)
-    assert torch.equal(v, want_v)
-
-
-def test_ragged_append_into_pages():
-    pool, new = randn(6, 4, 1, 8), randn(5, 1, 8)
-    table, used, cu_new = int32(3, 1, 5, 0).view(2, 2), int32(3, 6), int32(0, 3, 5)
-    k, v = append(pool, pool, new, new, used, page_table=table, cu_seqlens_k_new=cu_new)
-    expected = pool.clone()
-    expected[3, 3], expected[1, 0], expected[1, 1], expected[0, 2], expected[0, 3] = new
-    assert torch.equal(k, expected) and torch.equal(v, expected)
-
-
-def test_append_quantises_by_the_block_of_the_slot():
-    cache = torch.zeros(1, 300, 2, 16).to(torch.float8_e4m3fn)
-    new = torch.randn(1, 10, 2, 16, dtype=torch.bfloat16) * 20
-    descale = torch.tensor([[[1.0, 0.5, 2.0], [0.01, 4.0, 1.0]]])
-    k, _ = append(cache, cache, new, new, int32(250), k_descale=descale, v_descale=descale)
-    first = (new[0, :6].float() / torch.tensor([0.5, 4.0])[:, None]).to(torch.float8_e4m3fn)
-    last = (new[0, 6:].float() / torch.tensor([2.0, 1.0])[:, None]).to(torch.float8_e4m3fn)
-    assert bitwise_equal(k[0, 250:260], torch.cat([first, last]))
-
-
-@pytest.mark.parametrize("causal", [False, True])
-def test_attention_appends_then_attends(causal):
-    q, k_new, v_new = randn(2, 3, 4, 8), randn(2, 3, 2, 8), randn(2, 3, 2, 16)
-    k_cache, v_cache, used = randn(2, 12, 2, 8), randn(2, 12, 2, 16), int32(4, 9)
-    cos, sin = rotary_tables(32, 8)
-    options = {"rotary_cos": cos, "rotary_sin": sin, "causal": causal}
-    fused = attention(q, k_cache, v_cache, k_new=k_new, v_new=v_new, seqused_k=used, **options)
-    k, v = append(k_cache, v_cache, k_new, v_new, used, cos, sin)
-    for n in range(2):
-        positions = int(used[n]) + torch.arange(3) * int(causal)
-        turned = torch.view_as_complex(q[n].unflatten(-1, (4, 2))) * torch.complex(cos, sin)[positions][:, None]
-        rotated = torch.view_as_real(turned).flatten(-2)
-        length = int(used[n]) + 3
-        alone = attention(rotated[None], k[n : n + 1, :length], v[n : n + 1, :length], causal=causal)
-        assert_close(fused.out[n], alone.out[0])
-
-
-def test_rotary_scores_depend_on_distance_only():
-    cos, sin = rotary_tables(64, 8)
-    cache, q, new = randn(1, 40, 2, 8), randn(1, 4, 2, 8), randn(1, 4, 2, 8)
-    common = {"k_new": new, "v_new": new, "rotary_cos": cos, "rotary_sin": sin, "causal": True}
-    near, far = (attention(q, cache, cache, leftpad_k=int32(at), seqused_k=int32(at), **common) for at in (3, 30))
-    assert_close(near.out, far.out)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
