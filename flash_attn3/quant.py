@@ -31,7 +31,8 @@ def quantize_fp8(
     Returns:
         x in e4m3, and descale = amax / 448 in fp32 (1 where amax is 0): (b, h / heads_per_scale), with `block`
         (b, h / heads_per_scale, blocks). For packed x the number of blocks covers t, the longest that a sequence
-        could be, since reading the lengths would synchronise.
+        could be, since reading the lengths would synchronise. Where x is not finite, all that share the scale
+        become NaN.
     """
     c = Checks("quantize_fp8")
     block = None if block is None else c.integer("block", block, 1)
@@ -48,20 +49,21 @@ def quantize_fp8(
         c.fail("heads_per_scale", heads_per_scale, f"a divisor of the number of heads, {x.shape[-2]}")
 
     num_heads, head_dim = x.shape[-2:]
+    num_groups = num_heads // heads_per_scale
     batch = x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
     longest = x.shape[1] if cu_seqlens is None else x.shape[0]
     num_blocks = 1 if block is None else -(-longest // block)
     sequence, position = _tokens(x, cu_seqlens)  # (t,) each
     segment = sequence * num_blocks + (0 if block is None else position // block)
 
-    grouped = x.reshape(-1, num_heads // heads_per_scale, heads_per_scale * head_dim)  # (t, groups, values)
+    grouped = x.reshape(len(position), num_groups, heads_per_scale * head_dim)
     largest = torch.linalg.vector_norm(grouped.float(), torch.inf, -1)
-    amax = largest.new_zeros(batch * num_blocks + 1, largest.shape[1])  # the last row: tokens of no sequence
+    amax = largest.new_zeros(batch * num_blocks + 1, num_groups)  # the last row: tokens of no sequence
     amax = amax.scatter_reduce(0, segment[:, None].expand_as(largest), largest, "amax")
     descale = torch.where(amax == 0, 1.0, (amax / E4M3_MAX).clamp_min(torch.finfo(torch.float32).tiny))
     scaled = grouped.float() / descale[segment][..., None]
     quantised = scaled.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).reshape(x.shape)
-    descale = descale[:-1].view(batch, num_blocks, -1).transpose(1, 2)
+    descale = descale[:-1].view(batch, num_blocks, num_groups).transpose(1, 2)
     return quantised, descale[..., 0].contiguous() if block is None else descale.contiguous()
 
 
@@ -71,9 +73,10 @@ def _tokens(x: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
         token = torch.arange(x.shape[0] * x.shape[1], device=x.device)
         return token // max(x.shape[1], 1), token % max(x.shape[1], 1)
     token = torch.arange(x.shape[0], device=x.device)
-    sequence = torch.searchsorted(cu_seqlens, token, right=True, out_int32=False) - 1
-    inside = (sequence >= 0) & (sequence < len(cu_seqlens) - 1)
-    position = torch.where(inside, token - cu_seqlens[sequence.clamp_min(0)], 0)
+    bounds = cu_seqlens.clamp(0, x.shape[0]).cummax(0).values  # whatever it holds, indices below stay in range
+    sequence = torch.searchsorted(bounds, token, right=True, out_int32=False) - 1
+    inside = (sequence >= 0) & (sequence < len(bounds) - 1)
+    position = torch.where(inside, token - bounds[sequence.clamp_min(0)], 0)
     return torch.where(inside, sequence, len(cu_seqlens) - 1), position
 
 
