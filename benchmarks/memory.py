@@ -30,15 +30,18 @@ def high_water_mark() -> float:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def attend(implementation: str, seqlen: int, causal: bool) -> float:
+def attend(implementation: str, seqlen: int, causal: bool, backward: bool) -> float:
     """MiB beyond the inputs (b 1, h 1, d 64, fp32)."""
-    q, k, v = torch.randn(3, 1, seqlen, 1, 64)
+    q, k, v = (torch.randn(1, seqlen, 1, 64, requires_grad=backward) for _ in range(3))
+    dout = torch.randn(q.shape)
     reset_high_water_mark()
     before = high_water_mark()
     if implementation == "flash":
-        flash_attn3.flash_attn_func(q, k, v, causal=causal, backend="cpu")
+        out = flash_attn3.flash_attn_func(q, k, v, causal=causal, backend="cpu")
     else:
-        F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=causal)
+        out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=causal).transpose(1, 2)
+    if backward:
+        out.backward(dout)
     return high_water_mark() - before
 
 
@@ -47,9 +50,10 @@ def main() -> None:
     p.add_argument("implementation", choices=("flash", "sdpa"))
     p.add_argument("seqlen", type=int)
     p.add_argument("--causal", action="store_true")
+    p.add_argument("--backward", action="store_true")
     args = p.parse_args()
-    attend(args.implementation, 128, args.causal)  # loads code and starts threads
-    print(json.dumps({"extra_mib": attend(args.implementation, args.seqlen, args.causal)}))
+    attend(args.implementation, 128, args.causal, args.backward)  # loads code and starts threads
+    print(json.dumps({"extra_mib": attend(args.implementation, args.seqlen, args.causal, args.backward)}))
 
 
 if __name__ == "__main__":

@@ -27,11 +27,11 @@ def bwd(
     dv: Tensor | None,
     dsink: Tensor | None,
 ) -> None:
-    batch = sequences(p)
+    batch = sequences(p) if p.num_heads else []
     if dq is not None and not covers_all_rows(p, batch):
         dq.zero_()
     for grad in (dk, dv):
-        if grad is not None and not covers_all_keys(p, batch):
+        if grad is not None and not (p.num_heads and covers_all_keys(p, batch)):
             grad.zero_()
     if dsink is not None:
         dsink.zero_()
@@ -95,7 +95,7 @@ class _Gradients:
         q, _ = heads.query_tile(i0, i1)
         dout = heads.row_tile("dout", self.dout, i0, i1)
         lse = heads.stats(self.lse)[:, i0:i1, None]
-        alive = lse > -torch.inf
+        alive = lse != -torch.inf
         lse_log2 = torch.where(alive, (lse.double() * LOG2E).float(), torch.inf)
         delta = self._delta(dout, i0, i1)
         if self.dsink is not None:

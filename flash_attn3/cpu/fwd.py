@@ -16,7 +16,7 @@ LOWEST = torch.finfo(torch.float32).min
 
 
 def fwd(p: AttentionProblem, out: Tensor, lse: Tensor, max_logits: Tensor | None) -> None:
-    batch = sequences(p)
+    batch = sequences(p) if p.num_heads else []
     if not covers_all_rows(p, batch):
         out.zero_()
         lse.fill_(-torch.inf)
