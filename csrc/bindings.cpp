@@ -1,0 +1,128 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The module flash_attn3._C. An operation is a file (fwd.cpp), declared in ops.h and bound here.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "launch.h"
+#include "tensor_map.h"
+#include "view_caster.h"
+
+namespace py = pybind11;
+
+namespace fa3 {
+namespace {
+
+using WithoutGil = py::call_guard<py::gil_scoped_release>;
+
+CUstream as_stream(uintptr_t stream) { return reinterpret_cast<CUstream>(stream); }
+
+AbiStamp load(Kernel& kernel, int device, uintptr_t stream) {
+    const DeviceGuard guard(device);
+    return kernel.on(device, as_stream(stream)).abi;
+}
+
+// Any kernel, with its parameters as bytes: for kernels that have no operation, such as those of
+// tests.
+void launch_bytes(Kernel& kernel, const std::string& params, std::array<unsigned, 3> grid,
+                  std::array<unsigned, 3> cluster, bool programmatic, int device,
+                  uintptr_t stream) {
+    const DeviceGuard guard(device);
+    const Function& function = kernel.on(device, as_stream(stream));
+    check_params_bytes(function, params.size());
+    launch_raw(function, {grid, cluster, programmatic}, as_stream(stream), params.data());
+}
+
+py::bytes tensor_map_bytes(const std::string& tensor, int type, int element_bytes,
+                           const TensorView& view, const std::vector<uint32_t>& box, int swizzle) {
+    FA3_CHECK(box.size() == static_cast<size_t>(view.rank),
+              "encode_tensor_map: box = ", tuple_text(box), " of ", tensor, "; expected ",
+              view.rank, " numbers");
+    TensorMapSpec spec{tensor.c_str(),
+                       static_cast<CUtensorMapDataType>(type),
+                       element_bytes,
+                       view.data,
+                       view.rank,
+                       {},
+                       {},
+                       {},
+                       static_cast<CUtensorMapSwizzle>(swizzle)};
+    for (int i = 0; i < view.rank; ++i) {
+        spec.size[i] = view.size[view.rank - 1 - i];
+        spec.stride[i] = view.stride[view.rank - 1 - i];
+        spec.box[i] = box[view.rank - 1 - i];
+    }
+    const DeviceGuard guard(0);
+    const CUtensorMap map = encode_tensor_map(spec);
+    return py::bytes(reinterpret_cast<const char*>(&map), sizeof(map));
+}
+
+int driver_version() {
+    int version = 0;
+    FA3_DRIVER(cuDriverGetVersion, (&version), "asking for the driver's version");
+    return version;
+}
+
+// Each exception becomes the class of the package's errors.py; copies of the package keep to their
+// own.
+void translate_errors(const std::string& errors_module) {
+    static const std::string module = errors_module;
+    py::register_local_exception_translator([](std::exception_ptr pointer) {
+        const auto raise = [](const char* name, const std::exception& error) {
+            py::set_error(py::module_::import(module.c_str()).attr(name), error.what());
+        };
+        try {
+            std::rethrow_exception(pointer);
+        } catch (const ValueError& error) {
+            raise("FlashAttn3ValueError", error);
+        } catch (const UnsupportedError& error) {
+            raise("UnsupportedError", error);
+        } catch (const ToolchainError& error) {
+            raise("ToolchainError", error);
+        } catch (const DriverError& error) {
+            raise("CudaLaunchError", error);
+        }
+    });
+}
+
+}  // namespace
+}  // namespace fa3
+
+PYBIND11_MODULE(_C, m) {
+    using namespace fa3;
+    m.doc() =
+        "Loads and launches the Hopper kernels. Tensors are tuples (address, sizes, strides), or "
+        "None.";
+    const std::string name = py::cast<std::string>(m.attr("__name__"));
+    translate_errors(name.substr(0, name.rfind('.')) + ".errors");
+
+    py::class_<AbiStamp>(m, "AbiStamp", "What a compiled kernel says of itself.")
+        .def_readonly("params_bytes", &AbiStamp::params_bytes)
+        .def_readonly("threads", &AbiStamp::threads)
+        .def_readonly("smem_bytes", &AbiStamp::smem_bytes)
+        .def_readonly("block_m", &AbiStamp::block_m);
+    py::class_<Kernel>(m, "Kernel",
+                       "A compiled kernel, loaded on each device when a call first needs it there.")
+        .def(
+            py::init([](std::string name, std::string entry, const std::vector<py::bytes>& images) {
+                return std::make_unique<Kernel>(
+                    std::move(name), std::move(entry),
+                    std::vector<std::string>(images.begin(), images.end()));
+            }),
+            py::arg("name"), py::arg("entry"), py::arg("images"))
+        .def_property_readonly("name", &Kernel::name)
+        .def("load", &load, WithoutGil(), py::arg("device"), py::arg("stream") = 0,
+             "Load on a device, as the first launch there does; returns the stamp.")
+        .def("launch", &launch_bytes, WithoutGil(), py::arg("params"), py::arg("grid"),
+             py::arg("cluster") = std::array<unsigned, 3>{1, 1, 1}, py::arg("programmatic") = false,
+             py::arg("device") = 0, py::arg("stream") = 0,
+             "Launch with parameters given as bytes.");
+
+    m.def("encode_tensor_map", &tensor_map_bytes, py::arg("tensor"), py::arg("type"),
+          py::arg("element_bytes"), py::arg("view"), py::arg("box"), py::arg("swizzle"),
+          "The 128 bytes of a tensor map; view and box outermost first, as in torch.");
+    m.def(
+        "driver_path", [] { return driver().path; },
+        "The driver library; opens it at the first call.");
+    m.def("driver_version", &driver_version);
+    m.attr("cuda_version") = CUDA_VERSION;
+}

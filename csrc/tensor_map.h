@@ -1,0 +1,28 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Tensor maps: how the copy engine sees a tensor.
+#pragma once
+
+#include <array>
+#include <cstdint>
+
+#include "driver.h"
+
+namespace fa3 {
+
+// Dimensions innermost first, as the copy engine counts them; the innermost has stride 1.
+struct TensorMapSpec {
+    const char* tensor;  // its name in errors
+    CUtensorMapDataType type;
+    int element_bytes;
+    const void* data;
+    int rank;
+    std::array<uint64_t, kMaxRank> size;
+    std::array<int64_t, kMaxRank> stride;  // in elements; stride[0] is 1
+    std::array<uint32_t, kMaxRank> box;    // one copy moves this many elements
+    CUtensorMapSwizzle swizzle;
+};
+
+// Every size must be at least 1: an empty tensor has no map. Reads outside give 0.
+CUtensorMap encode_tensor_map(const TensorMapSpec& spec);
+
+}  // namespace fa3
