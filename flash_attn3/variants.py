@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Every kernel variant, declared once: build, dispatch, tests and the README read this list.
+
+A variant is what the compiler must know (it changes registers, shared memory or instructions); masks, lengths, strides
+and GQA are run-time values of one and the same kernel. Nothing here imports torch: setup.py reads the list too.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from .problem import AttentionProblem
+
+DTYPES = {"torch.bfloat16": "bf16", "torch.float16": "fp16"}
+
+# Fields that are enumerations in hopper/config.h.
+_ENUMS = {"dtype": "Dtype", "kv_source": "KvSource"}
+
+
+@dataclass(frozen=True)
+class FwdVariant:
+    """The fields of `FwdConfig` in hopper/config.h, in its order."""
+
+    dtype: str  # "bf16" or "fp16"
+    head_dim: int  # the largest d and dv that it serves: the copy engine fills up with zeros
+    head_dim_v: int
+    block_m: int = 128  # query rows of a tile, 64 for each consumer warpgroup
+    block_n: int = 128  # keys of a tile
+    stages: int = 2  # tiles of K, and of V, in shared memory
+    kv_source: str = "tma"
+
+    @property
+    def name(self) -> str:
+        return (
+            f"fwd_{self.dtype}_d{self.head_dim}_v{self.head_dim_v}_m{self.block_m}_n{self.block_n}"
+            f"_s{self.stages}_{self.kv_source}"
+        )
+
+    @property
+    def entry(self) -> str:
+        """The symbol of the kernel, the same in every cubin of the operation."""
+        return "fa3_fwd"
+
+    def stub(self) -> str:
+        """The whole source of the kernel: its configuration between two includes."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        enums = {name: f"{_ENUMS[name]}::{values[name]}" for name in _ENUMS.keys() & values.keys()}
+        settings = ", ".join(f".{name} = {value}" for name, value in (values | enums).items())
+        return (
+            '#include "fwd.cuh"\n'
+            "using namespace fa3;\n"
+            f"constexpr FwdConfig kConfig{{{settings}}};\n"
+            '#include "fwd_entry.cuh"\n'
+        )
+
+
+@functools.cache
+def all_variants() -> tuple[FwdVariant, ...]:
+    return tuple(FwdVariant(dtype, d, d) for dtype in ("bf16", "fp16") for d in (64, 128))
+
+
+def by_name(name: str) -> FwdVariant | None:
+    return next((variant for variant in all_variants() if variant.name == name), None)
+
+
+def select(p: AttentionProblem) -> FwdVariant | None:
+    """The variant that computes `p`, None where no kernel does."""
+    return _select(p.q.dtype, p.q.shape[-1], p.v.shape[-1])
+
+
+def supports(p: AttentionProblem) -> bool:
+    return select(p) is not None
+
+
+def unsupported_reason(p: AttentionProblem) -> str | None:
+    """Why no variant computes `p`, naming the nearest one that exists; None where one does."""
+    return None if supports(p) else _reason(p.q.dtype, p.q.shape[-1], p.v.shape[-1])
+
+
+@functools.cache
+def _select(dtype: torch.dtype, head_dim: int, head_dim_v: int) -> FwdVariant | None:
+    able = [
+        variant
+        for variant in all_variants()
+        if variant.dtype == DTYPES.get(str(dtype)) and variant.head_dim >= head_dim and variant.head_dim_v >= head_dim_v
+    ]
+    return min(able, key=lambda variant: (variant.head_dim, variant.head_dim_v), default=None)
+
+
+@functools.cache
+def _reason(dtype: torch.dtype, head_dim: int, head_dim_v: int) -> str:
+    def distance(variant: FwdVariant) -> tuple[bool, int]:
+        other_dtype = variant.dtype != DTYPES.get(str(dtype))
+        return other_dtype, abs(variant.head_dim - head_dim) + abs(variant.head_dim_v - head_dim_v)
+
+    nearest = min(all_variants(), key=distance)
+    wanted = f"{str(dtype).removeprefix('torch.')} with head dims ({head_dim}, {head_dim_v})"
+    return f"no forward kernel for {wanted}; the nearest is {nearest.name}"
