@@ -9,10 +9,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-import shutil
 import subprocess
-import sysconfig
-from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -20,13 +17,12 @@ from typing import Any
 import torch
 
 from . import __version__, env, runtime
+from .build import nvcc
 
 # Read by the package, but owned by others, so they are not in `env.VARIABLES`.
 FOREIGN_VARIABLES = {
-    "CUDA_HOME": "where nvcc is looked for first",
     "TRITON_CACHE_DIR": "compiled Triton kernels",
     "TRITON_INTERPRET": "1 runs Triton kernels on the CPU, for tests",
-    "XDG_CACHE_HOME": "parent of the kernel cache",
 }
 
 
@@ -37,8 +33,8 @@ def collect() -> dict[str, Any]:
         "backends": {name: {"available": why is None, "reason": why} for name, why in runtime.backends().items()},
         "gpus": gpus(),
         "versions": versions(),
-        "nvcc": [str(path) for path in nvcc_candidates() if path.is_file()],
-        "caches": {"flash_attn3": folder(kernel_cache()), "triton": folder(triton_cache())},
+        "nvcc": [str(path) for path in nvcc.candidates() if path.is_file()],
+        "caches": {"flash_attn3": folder(env.kernel_cache()), "triton": folder(triton_cache())},
         "environment": environment(),
     }
 
@@ -84,33 +80,10 @@ def nvidia_driver() -> str | None:
     return next(iter(result.stdout.split()), None)
 
 
-def nvcc_candidates() -> Iterator[Path]:
-    """CUDA_HOME, PATH, then NVIDIA's pip packages (CUDA 12 and CUDA 13 layout)."""
-    if home := os.environ.get("CUDA_HOME"):
-        yield Path(home, "bin", "nvcc")
-    if on_path := shutil.which("nvcc"):
-        yield Path(on_path)
-    packages = Path(sysconfig.get_paths()["purelib"], "nvidia")
-    yield from (packages / folder / "bin" / "nvcc" for folder in ("cuda_nvcc", "cu13"))
-
-
-def home() -> Path | None:
-    try:
-        return Path.home()
-    except RuntimeError:  # no HOME, and no entry in the password database
-        return None
-
-
-def kernel_cache() -> Path | None:
-    if xdg := os.environ.get("XDG_CACHE_HOME"):
-        return Path(xdg, "flash_attn3")
-    return home() and home() / ".cache" / "flash_attn3"
-
-
 def triton_cache() -> Path | None:
     if path := os.environ.get("TRITON_CACHE_DIR"):
         return Path(path)
-    return home() and home() / ".triton" / "cache"
+    return (home := env.home()) and home / ".triton" / "cache"
 
 
 def folder(path: Path | None) -> dict[str, Any]:
@@ -132,7 +105,8 @@ def file_size(path: Path) -> int | None:
 
 def environment() -> dict[str, dict[str, str | None]]:
     own = {variable.name: variable.purpose for variable in env.VARIABLES}
-    return {name: {"value": os.environ.get(name), "purpose": why} for name, why in (own | FOREIGN_VARIABLES).items()}
+    purposes = own | env.PATHS | FOREIGN_VARIABLES
+    return {name: {"value": os.environ.get(name), "purpose": why} for name, why in purposes.items()}
 
 
 def as_json() -> str:

@@ -14,6 +14,7 @@ import pytest
 
 import flash_attn3
 from flash_attn3 import env, info
+from flash_attn3.build import nvcc
 
 ROOT = Path(__file__).parents[2]
 SECTIONS = {"version", "backends", "gpus", "versions", "nvcc", "caches", "environment"}
@@ -61,17 +62,17 @@ def test_every_variable_read_is_declared() -> None:
 
 def test_cache_contents(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert info.folder(info.kernel_cache())["files"] == 0
+    assert info.folder(env.kernel_cache())["files"] == 0
     (tmp_path / "flash_attn3" / "abi").mkdir(parents=True)
     (tmp_path / "flash_attn3" / "abi" / "kernel.cubin").write_bytes(b"x" * 100)
-    found = info.folder(info.kernel_cache())
+    found = info.folder(env.kernel_cache())
     assert found == {"path": str(tmp_path / "flash_attn3"), "files": 1, "bytes": 100, "contents": ["abi"]}
 
 
 def test_no_home(monkeypatch) -> None:
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    monkeypatch.setattr(info, "home", lambda: None)
-    assert info.folder(info.kernel_cache())["path"] is None
+    monkeypatch.setattr(env, "home", lambda: None)
+    assert info.folder(env.kernel_cache())["path"] is None
     assert "no HOME" in info.describe_folder(info.folder(None))
 
 
@@ -82,7 +83,7 @@ def test_nvcc_is_found_where_it_is(tmp_path, monkeypatch) -> None:
     compiler.write_text("#!/bin/sh\n")
     compiler.chmod(0o755)
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
-    assert compiler in list(info.nvcc_candidates())
+    assert compiler in nvcc.candidates()
     monkeypatch.delenv("CUDA_HOME")
     monkeypatch.setenv("PATH", str(compiler.parent))
-    assert compiler in list(info.nvcc_candidates())
+    assert compiler in nvcc.candidates()

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The kernels' sources, and all that a stub includes: what a kernel depends on, beside the compiler."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from .. import env
+from ..errors import ToolchainError
+
+PACKAGE = Path(__file__).parents[1]
+INCLUDE = re.compile(rb'^[ \t]*#[ \t]*include[ \t]*[<"]([^>"\n]+)[>"]', re.MULTILINE)
+
+
+def kernel_folder() -> Path:
+    """hopper/ of a checkout, or its copy in an installed package."""
+    installed = PACKAGE / "_hopper"
+    return installed if installed.is_dir() else PACKAGE.parent / "hopper"
+
+
+def cutlass_folder() -> Path:
+    """The folder that holds cute/ and cutlass/: in CUTLASS_PATH, or in the pip package nvidia-cutlass."""
+    looked_at = []
+    if root := env.path("CUTLASS_PATH"):
+        looked_at += [root / "include", root]
+    if (package := importlib.util.find_spec("cutlass_library")) and package.origin:
+        looked_at.append(Path(package.origin).parent / "source" / "include")
+    for folder in looked_at:
+        if (folder / "cute" / "arch").is_dir():
+            return folder
+    places = ", ".join(map(str, looked_at)) or "CUTLASS_PATH (unset) or the pip package nvidia-cutlass (missing)"
+    raise ToolchainError(f"flash_attn3: no CUTLASS headers in {places}; pip install 'flash_attn3[compile]'")
+
+
+def include_folders() -> tuple[Path, ...]:
+    return (kernel_folder(), cutlass_folder())
+
+
+def digest(stub: str, folders: Sequence[Path]) -> str:
+    """sha256 of a stub and of the contents of every file that it includes from `folders`, directly or not.
+
+    Other headers belong to the compiler, whose version stands for them.
+    """
+    result = hashlib.sha256(stub.encode())
+    found: set[Path] = set()
+    pending = [(folders[0], stub.encode())]
+    while pending:
+        beside, text = pending.pop()
+        for include in INCLUDE.findall(text):
+            path = _find(include.decode(), (beside, *folders))
+            if path is not None and path not in found:
+                found.add(path)
+                content = path.read_bytes()
+                result.update(b"%d\n" % len(content) + content)
+                pending.append((path.parent, content))
+    return result.hexdigest()
+
+
+def _find(include: str, folders: Sequence[Path]) -> Path | None:
+    return next((path.resolve() for folder in folders if (path := folder / include).is_file()), None)
