@@ -34,35 +34,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from . import autograd, debug, ops, runtime, validate
+from . import autograd, runtime, validate
 from .aliases import accepts_aliases
+from .call import Call, Result, call, results, run
 from .checks import Checks
-from .problem import AttentionProblem
-
-Result = Tensor | tuple[Tensor, ...]
+from .replay import replayed
 
 
-def attend(
-    c: Checks, p: AttentionProblem, backend: str | None, out: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(out, lse, max_logits) of a validated problem, on the backend that serves it."""
-    name = runtime.choose(c.fn, p, backend, validate.gradients(c, p)).backend
-    debug.before(c, p)
-    if out is None:
-        out, lse, max_logits = ops.fwd(*p.arguments(), name)
-    else:
-        lse, max_logits = ops.fwd_out(*p.arguments(), name, out)
-    debug.after(c, p, out, lse)
-    return out, lse, max_logits
-
-
-def results(attended: tuple[Tensor, Tensor, Tensor], lse: bool, max_logits: bool) -> Result:
-    """out, (out, lse) or (out, lse, max_logits)."""
-    if max_logits:
-        return attended
-    return attended[:2] if lse else attended[0]
-
-
+@replayed
 @accepts_aliases()
 def flash_attn_func(
     q: Tensor,
@@ -89,7 +68,7 @@ def flash_attn_func(
     return_max_logits: bool = False,
     batch_invariant: bool | None = None,
     backend: str | None = None,
-) -> Result:
+) -> Call:
     """softmax(softmax_scale * q @ k^T) @ v, masked, for a batch of sequences of one length. Differentiable.
 
     Args:
@@ -128,9 +107,10 @@ def flash_attn_func(
         batch_invariant=batch_invariant,
         return_max_logits=return_max_logits,
     )
-    return results(attend(c, p, backend, out), want_lse, p.return_max_logits)
+    return call(c, p, backend, out=out, want_lse=want_lse)
 
 
+@replayed
 @accepts_aliases()
 def flash_attn_varlen_func(
     q: Tensor,
@@ -168,7 +148,7 @@ def flash_attn_varlen_func(
     cp_tot_seqused_k: Tensor | None = None,
     batch_invariant: bool | None = None,
     backend: str | None = None,
-) -> Result:
+) -> Call:
     """Attention over sequences of different lengths, packed end to end. Differentiable, but for pages and cp_*.
 
     Args:
@@ -227,7 +207,7 @@ def flash_attn_varlen_func(
         batch_invariant=batch_invariant,
         return_max_logits=return_max_logits,
     )
-    return results(attend(c, p, backend, out), want_lse, p.return_max_logits)
+    return call(c, p, backend, out=out, want_lse=want_lse)
 
 
 @accepts_aliases()
@@ -363,6 +343,5 @@ def _packed(c, q, packed, num_heads_q, backend, want_lse, **arguments) -> Result
     if validate.gradients(c, p):
         name = runtime.choose(c.fn, p, backend, True).backend
         attended = autograd.attend_packed(q if q is None else p.q, packed, num_heads_q, p, name)
-    else:
-        attended = attend(c, p, backend)
-    return results(attended, want_lse, p.return_max_logits)
+        return results(attended, want_lse, p.return_max_logits)
+    return run(call(c, p, backend, want_lse=want_lse))

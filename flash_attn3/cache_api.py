@@ -3,16 +3,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
-from . import autograd, debug, ops, runtime, validate, validate_append
+from . import autograd, ops, runtime, validate, validate_append
 from .aliases import accepts_aliases
-from .api import Result, attend, results
+from .call import Call, call
 from .checks import FP8, Checks
-from .problem import AppendProblem, AttentionProblem
+from .replay import replayed
 
 CACHE_NAMES = {
     "k": "k_cache",
@@ -23,6 +21,7 @@ CACHE_NAMES = {
 }
 
 
+@replayed
 @accepts_aliases()
 def flash_attn_with_kvcache(
     q: Tensor | None,
@@ -66,7 +65,7 @@ def flash_attn_with_kvcache(
     cp_tot_seqused_k: Tensor | None = None,
     batch_invariant: bool | None = None,
     backend: str | None = None,
-) -> Result:
+) -> Call:
     """Write new keys and values into the cache, in place, then attend to it. Not differentiable.
 
     Args:
@@ -102,7 +101,7 @@ def flash_attn_with_kvcache(
             new.unsupported("only_qv", True, "k and v None (append to the cache in a call of its own)")
         names = CACHE_NAMES | {"q": "qv", "k": "v_cache"}
         q, k_cache, qv, k_descale = qv, v_cache, None, v_descale
-    attended = attend_cache(
+    return call_on_cache(
         Checks(new.fn, names),
         new,
         q,
@@ -113,6 +112,7 @@ def flash_attn_with_kvcache(
         rotary=(rotary_cos, rotary_sin, rotary_seqlens, rotary_interleaved),
         backend=backend,
         out=out,
+        want_lse=want_lse,
         seqused_k=cache_seqlens,
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k_new=cu_seqlens_k_new,
@@ -142,13 +142,25 @@ def flash_attn_with_kvcache(
         batch_invariant=batch_invariant,
         return_max_logits=return_max_logits,
     )
-    return results(attended, want_lse, bool(return_max_logits))
 
 
-def attend_cache(
-    c: Checks, new: Checks, q, k_cache, v_cache, k, v, *, rotary: tuple, backend, out, cu_seqlens_k_new, **arguments
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Append k and v (if given), rotate, attend: (out, lse, max_logits). `new` has the names of what is appended."""
+def call_on_cache(
+    c: Checks,
+    new: Checks,
+    q,
+    k_cache,
+    v_cache,
+    k,
+    v,
+    *,
+    rotary: tuple,
+    backend,
+    out,
+    want_lse: bool,
+    cu_seqlens_k_new,
+    **arguments,
+) -> Call:
+    """Append k and v (if given), rotate, attend. `new` has the names of what is appended."""
     if (k is None) != (v is None):
         new.fail("v" if v is None else "k", None, "both k and v, or neither")
     *tables, interleaved = rotary
@@ -158,7 +170,7 @@ def attend_cache(
             if table is not None:
                 new.fail(name, "a tensor without k", "None, or k and v to append", "Rotate q before the call")
         p = validate.attention(c, q, k_cache, v_cache, out=out, **arguments)
-        return attend(c, p, backend, out)
+        return call(c, p, backend, out=out, want_lse=want_lse)
     new.tensor("k", k)
     if k.ndim != (4 if cu_seqlens_k_new is None else 3):
         new.fail("k", f"shape {tuple(k.shape)}", "(b, s_new, h_kv, d), or (t_new, h_kv, d) with cu_seqlens_k_new")
@@ -171,22 +183,7 @@ def attend_cache(
     for name, cache in (("k", k_cache), ("v", v_cache)):
         c.unit_stride(name, cache)
         c.writable(name, cache, {})
-    if out is not None:
-        new.writable("out", out, {"k": k, "v": v, "rotary_cos": tables[0], "rotary_sin": tables[1]})
-    return attend(c, _append(c, p, a, backend), backend, out)
-
-
-def _append(c: Checks, p: AttentionProblem, a: AppendProblem, backend: str | None) -> AttentionProblem:
-    """Write the new keys and values into the cache; return the problem with q rotated."""
-    name = runtime.choose(c.fn, p, backend, False).backend
-    debug.before(c, p)
-    ops.append_kv(*a.arguments(), name)
-    if a.rotary_cos is None:
-        return p
-    positions = p.seqused_k if a.rotary_seqlens is None else a.rotary_seqlens
-    advance = p.window_left >= 0 or p.window_right >= 0
-    q = ops.rotary_q(p.q, a.rotary_cos, a.rotary_sin, positions, p.cu_seqlens_q, advance, a.rotary_interleaved, name)
-    return replace(p, q=q)
+    return call(c, p, backend, out=out, append=a, append_checks=new, want_lse=want_lse)
 
 
 def get_scheduler_metadata(

@@ -18,7 +18,8 @@ from .api import (
     flash_attn_qkvpacked_func,
     flash_attn_varlen_func,
 )
-from .cache_api import attend_cache, flash_attn_with_kvcache, get_scheduler_metadata
+from .cache_api import call_on_cache, flash_attn_with_kvcache, get_scheduler_metadata
+from .call import run
 from .checks import Checks
 from .merge_api import flash_attn_combine
 
@@ -100,7 +101,7 @@ def _flash_attn_forward(
     new = Checks(c.fn, {"out": "out_", "k": "k_new", "v": "v_new", "rotary_seqlens": "seqlens_rotary"})
     if k_new is not None:
         c.no_grad("Appending has no gradient", q=q, k=k, v=v, k_new=k_new, v_new=v_new, qv=qv, s_aux=s_aux)
-    out, lse, _ = attend_cache(
+    call = call_on_cache(
         c,
         new,
         q,
@@ -111,6 +112,7 @@ def _flash_attn_forward(
         rotary=(rotary_cos, rotary_sin, seqlens_rotary, rotary_interleaved),
         backend=backend,
         out=out_,
+        want_lse=True,
         cu_seqlens_k_new=cu_seqlens_k_new,
         seqused_k=seqused_k,
         cu_seqlens_q=cu_seqlens_q,
@@ -136,6 +138,7 @@ def _flash_attn_forward(
         pack_gqa=pack_gqa,
         sm_margin=sm_margin,
     )
+    out, lse = run(call)
     empty = q.new_empty(0, dtype=torch.float32)
     return out, lse, empty, empty.clone()
 

@@ -279,11 +279,10 @@ def _out(c: Checks, out: Tensor, p: AttentionProblem) -> None:
     c.shape("out", out, *zip(letters, p.out_shape, strict=False), like=f"q of shape {tuple(p.q.shape)}")
     c.device("out", out, p.q)
     c.unit_stride("out", out)
-    inputs = {name: x for name, x in vars(p).items() if isinstance(x, Tensor)}
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (out, *inputs.values())):
+    inputs = (x for x in vars(p).values() if isinstance(x, Tensor))
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (out, *inputs)):
         expected = "no out= when gradients are needed"
         c.fail("out", "a tensor, with a tensor that requires grad", expected, "Use torch.no_grad()")
-    c.writable("out", out, inputs)
 
 
 def or_fp32(dtype: torch.dtype) -> tuple[torch.dtype, ...]:

@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Calls that differ from an earlier one in the contents of their tensors only: checked once, then replayed.
+
+A decode step takes microseconds, and its checks longer than that. They look at metadata alone, so their verdict holds
+for every call with the same metadata: a plan keeps it, together with the places that each tensor of the problem came
+from. The plan holds no tensor. A call that makes new tensors on its way (casts, copies, lengths from an integer) is
+checked each time. Under a mode, a trace or a profiler, and with subclasses of Tensor, calls go through the dispatcher.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from . import autograd, env, ops
+from .call import Call, Result, run
+from .checks import INT32_MAX, Checks
+from .problem import AppendProblem, AttentionProblem
+
+MAX_PLANS = 256  # for each function
+BOUNDS = ("max_seqlen_q", "max_seqlen_k")  # may differ in each step; no part of what a call means
+CONSTANTS = (type(None), bool, int, float, str)  # hashed by value, and cannot change
+
+Problem = AttentionProblem | AppendProblem
+
+
+def replayed(fn: Callable[..., Call]) -> Callable[..., Result]:
+    """Make a function that checks its arguments and returns a `Call` one that runs it."""
+    signature = inspect.signature(fn)
+    parameters = tuple(signature.parameters)
+    plans: dict[tuple, Plan] = {}
+
+    @functools.wraps(fn)
+    def wrapper(*args, **kwargs):
+        if not ops.is_plain():
+            return run(fn(*args, **kwargs))
+        names, values = (*parameters[: len(args)], *kwargs), (*args, *kwargs.values())
+        key = _key(names, values)
+        if key is None:
+            return run(fn(*args, **kwargs))
+        plan = plans.get(key)
+        if plan is not None:
+            call = plan.call(values)
+        else:
+            call = fn(*args, **kwargs)
+            plan = _plan(call, names, values)
+            if plan is not None:
+                if len(plans) >= MAX_PLANS:
+                    plans.clear()
+                plans[key] = plan
+        return run(call, autograd.DIFFERENTIABLE if call.needs_grad else ops.DIRECT)
+
+    wrapper.__signature__ = signature.replace(return_annotation="Result")
+    return wrapper
+
+
+def _key(names: tuple[str, ...], values: tuple) -> tuple | None:
+    """All that checks look at; None for values that a key cannot hold, and for tensors that need the dispatcher."""
+    parts: list[Any] = [
+        names,
+        torch.is_grad_enabled(),
+        torch.are_deterministic_algorithms_enabled(),
+        env.backend,
+        env.batch_invariant,
+    ]
+    tensors: list[int] = []
+    for name, x in zip(names, values, strict=False):
+        kind = type(x)
+        if kind is Tensor or kind is Parameter:
+            if x.layout is not torch.strided or x.is_nested or x.is_meta:
+                return None
+            tensors.append(id(x))
+            parts.append((x.shape, x.stride(), x.dtype, x.device, x.requires_grad))
+        elif kind is int and name in BOUNDS:
+            parts.append(0 <= x <= INT32_MAX)
+        elif kind in CONSTANTS:
+            parts.append((kind, x))
+        elif kind is tuple and all(type(item) in CONSTANTS for item in x):
+            parts.append((kind, *map(type, x), *x))
+        else:
+            return None
+    if len(set(tensors)) < len(tensors):  # one tensor in two places: which of them are the same is part of the plan
+        parts.append(tuple(map(tensors.index, tensors)))
+    return tuple(parts)
+
+
+class Template(NamedTuple):
+    """A problem without its tensors."""
+
+    kind: type[Problem]
+    fields: dict[str, Any]  # all in order; those that are bound hold None
+    bound: tuple[tuple[str, int], ...]  # the field, and the position of its value among the arguments
+
+    def fill(self, values: tuple) -> Problem:
+        fields = self.fields.copy()
+        for name, position in self.bound:
+            fields[name] = values[position]
+        problem = object.__new__(self.kind)
+        problem.__dict__.update(fields)  # what the constructor of a frozen dataclass does, ten times faster
+        return problem
+
+
+class Plan(NamedTuple):
+    """A call without its tensors."""
+
+    checks: Checks
+    append_checks: Checks | None
+    backend: str
+    problem: Template
+    append: Template | None
+    out: int | None
+    needs_grad: bool
+    want_lse: bool
+
+    def call(self, values: tuple) -> Call:
+        return Call(
+            self.checks,
+            self.problem.fill(values),
+            self.backend,
+            self.needs_grad,
+            None if self.out is None else values[self.out],
+            None if self.append is None else self.append.fill(values),
+            self.append_checks,
+            self.want_lse,
+        )
+
+
+def _plan(call: Call, names: tuple[str, ...], values: tuple) -> Plan | None:
+    """The plan of `call`, if it is a function of metadata and all its tensors are arguments."""
+    p = call.problem
+    tensors = [x for x in values if isinstance(x, Tensor)]
+    reads_contents = any(x.ndim == 0 for x in tensors)
+    reads_bounds = any(x is not None and x.ndim == 3 for x in (p.q_descale, p.k_descale, p.v_descale))
+    if reads_contents or reads_bounds:
+        return None
+    positions = {id(x): position for position, x in enumerate(values) if isinstance(x, Tensor)}
+    bounds = {name: position for position, name in enumerate(names) if name in BOUNDS and type(values[position]) is int}
+    problem = _template(p, positions, bounds)
+    append = None if call.append is None else _template(call.append, positions, {})
+    if problem is None or (call.append is not None and append is None):
+        return None
+    out = None if call.out is None else positions[id(call.out)]
+    return Plan(call.checks, call.append_checks, call.backend, problem, append, out, call.needs_grad, call.want_lse)
+
+
+def _template(problem: Problem, positions: dict[int, int], bounds: dict[str, int]) -> Template | None:
+    fields, bound = dict(vars(problem)), list(bounds.items())
+    for name, x in fields.items():
+        if isinstance(x, Tensor):
+            if id(x) not in positions:
+                return None
+            bound.append((name, positions[id(x)]))
+    return Template(type(problem), fields | {name: None for name, _ in bound}, tuple(bound))
