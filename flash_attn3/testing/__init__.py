@@ -9,7 +9,7 @@ A *case* is a dict of arguments of `reference.attention`; `call` hands it to the
 
 from .bounds import GradCheck, assert_bounded, assert_lse, bitwise_equal, max_error, rmse
 from .cases import boundary_sizes, call, pairwise, sizes
-from .inputs import lengths, make_inputs, offsets, poison, restrided, values
+from .inputs import lengths, make_inputs, offsets, poison, restrided, values, with_append, with_descales
 
 __all__ = [
     "GradCheck",
@@ -28,4 +28,6 @@ __all__ = [
     "rmse",
     "sizes",
     "values",
+    "with_append",
+    "with_descales",
 ]

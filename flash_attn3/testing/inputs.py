@@ -77,6 +77,7 @@ def make_inputs(
     sink: bool = False,
     qv: bool = False,
     page_size: int = 16,
+    least_k: int = 0,
     strided: bool = False,
     seed: int = 0,
     device: str = "cpu",
@@ -85,7 +86,7 @@ def make_inputs(
 
     dense: (b, s, h, d). varlen: packed, ragged lengths, zeros among them. padded: packed, and only part of each
     extent used. cache: rows of a larger cache picked by kv_batch_idx, with lengths and left padding. paged: pages
-    in random order.
+    in random order. `least_k` is the least length of a sequence in the latter two.
     """
     dv = head_dim if head_dim_v is None else head_dim_v
     case: dict[str, Any] = {}
@@ -99,12 +100,12 @@ def make_inputs(
         case |= {"cu_seqlens_q": offsets(extent_q), "cu_seqlens_k": offsets(extent_k)}
         rows, slots = (int(extent_q.sum()),), (int(extent_k.sum()),)
     elif layout == "cache":
-        case["seqused_k"] = lengths(batch, seqlen_k, seed)
+        case["seqused_k"] = lengths(batch, seqlen_k, seed, least_k)
         case["leftpad_k"] = torch.minimum(lengths(batch, 9, seed + 1), case["seqused_k"])
         case["kv_batch_idx"] = _permutation(batch + 2, seed)[:batch]
         slots = (batch + 2, seqlen_k + 3)
     elif layout == "paged":
-        case["seqused_k"] = lengths(batch, seqlen_k, seed)
+        case["seqused_k"] = lengths(batch, seqlen_k, seed, least_k)
         case["page_table"], num_pages = _page_table(case["seqused_k"], seqlen_k, page_size, seed)
         slots = (num_pages, page_size)
     shapes = {"q": (*rows, num_heads, head_dim), "k": (*slots, num_heads_kv, head_dim), "v": (*slots, num_heads_kv, dv)}
@@ -120,6 +121,51 @@ def make_inputs(
     if sink:
         case["s_aux"] = values((num_heads,), torch.float32, seed=seed + 7).to(device)
     return case
+
+
+def with_descales(case: dict[str, Any], blocks: bool, seed: int = 0) -> dict[str, Any]:
+    """The case with scales for those of q, k, v that are e4m3: of a head, or of a head and 128 tokens."""
+    batch = len(case["cu_seqlens_q"]) - 1 if "cu_seqlens_q" in case else len(case["q"])
+    num_heads_kv = case["k"].shape[-2]
+    capacity = case["k"].shape[-3]
+    if "page_table" in case:
+        capacity *= case["page_table"].shape[1]
+    num_tokens = {"q": case["q"].shape[-3], "k": capacity, "v": capacity}
+    for i, name in enumerate("qkv"):
+        if case[name].dtype == torch.float8_e4m3fn:
+            shape = (batch, num_heads_kv)
+            if blocks:
+                shape = (batch, case[name].shape[-2], -(-num_tokens[name] // reference.FP8_BLOCK))
+            scale = values(shape, torch.float32, seed=seed + i).abs().clamp_min(0.1)
+            case = case | {f"{name}_descale": scale.to(case[name].device)}
+    return case
+
+
+def with_append(
+    case: dict[str, Any],
+    seqlen_new: int,
+    *,
+    ragged: bool = False,
+    rotary_dim: int = 0,
+    interleaved: bool = True,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """The case of a cache, of lengths >= seqlen_new, with its last keys appended by the call; they are NaN before."""
+    batch, dtype, device = len(case["q"]), case["q"].dtype, case["q"].device
+    new = lengths(batch, seqlen_new, seed) if ragged else torch.full((batch,), seqlen_new, dtype=torch.int32)
+    rows = (int(new.sum()),) if ragged else (batch, seqlen_new)
+    case = case | {"seqused_k": case["seqused_k"] - new.to(device)}
+    if "leftpad_k" in case:
+        case["leftpad_k"] = torch.minimum(case["leftpad_k"], case["seqused_k"])
+    if ragged:
+        case["cu_seqlens_k_new"] = offsets(new).to(device)
+    for i, name in enumerate("kv"):
+        case[f"{name}_new"] = values((*rows, *case[name].shape[-2:]), dtype, seed=seed + i).to(device)
+    if rotary_dim:
+        positions = case["seqused_k"].max() + max(seqlen_new, case["q"].shape[1]) + 1
+        angles = torch.outer(torch.arange(positions), 10.0 ** -torch.arange(rotary_dim // 2)).to(device)
+        case |= {"rotary_cos": angles.cos(), "rotary_sin": angles.sin(), "rotary_interleaved": interleaved}
+    return poison(case)
 
 
 def _permutation(n: int, seed: int) -> Tensor:
