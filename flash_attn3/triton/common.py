@@ -120,6 +120,15 @@ def tanh(x):
 
 
 @triton.jit
+def rounded(x, dtype: tl.constexpr):
+    """fp32 x in `dtype`, rounded to nearest even; Triton's interpreter would cut off the bits that bf16 lacks."""
+    if INTERPRET and dtype == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        x = tl.where(x == x, (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True), x)
+    return x.to(dtype)
+
+
+@triton.jit
 def dot(a, b, acc):
     """acc + a @ b, or a @ b for acc None. Triton's interpreter multiplies bf16 wrongly, hence the detour."""
     if INTERPRET:
@@ -139,9 +148,9 @@ def dot_visible(a, b, visible, acc):
     finite = magnitude < float("inf")
     acc = dot(a, tl.where(finite, b, 0.0).to(b.dtype), acc)
     if tl.min(tl.min(finite.to(tl.int32), 1), 0) == 0:
-        seen = visible.to(b.dtype)
-        plus = dot(seen, (~finite & ~(b < 0)).to(b.dtype), None)
-        minus = dot(seen, (~finite & ~(b > 0)).to(b.dtype), None)
+        seen = tl.where(visible, 1.0, 0.0).to(b.dtype)
+        plus = dot(seen, tl.where(finite | (b < 0), 0.0, 1.0).to(b.dtype), None)
+        minus = dot(seen, tl.where(finite | (b > 0), 0.0, 1.0).to(b.dtype), None)
         acc += tl.where(plus > 0, float("inf"), 0.0)
         acc += tl.where(minus > 0, float("-inf"), 0.0)
     return acc

@@ -14,11 +14,12 @@ def widen(bits, dtype: tl.constexpr):
     """e4m3 `bits` (uint8) as fp16 or bf16; any other tensor as it is. Exact: both hold all e4m3 values."""
     if bits.dtype != tl.uint8:
         return bits
-    magnitude = (bits & 0x7F).to(tl.uint16)
-    sign = (bits & 0x80).to(tl.uint16)
-    # Moved into the fields of fp16, the value is too small by the difference of the biases, 2^(15 - 7).
-    value = ((sign << 8) | (magnitude << 7)).to(tl.float16, bitcast=True) * 256.0
-    return tl.where(magnitude == 0x7F, float("nan"), value).to(dtype)
+    else:
+        magnitude = (bits & 0x7F).to(tl.uint16)
+        sign = (bits & 0x80).to(tl.uint16)
+        # Moved into the fields of fp16, the value is too small by the difference of the biases, 2^(15 - 7).
+        value = ((sign << 8) | (magnitude << 7)).to(tl.float16, bitcast=True) * 256.0
+        return tl.where(magnitude == 0x7F, float("nan"), value).to(dtype)
 
 
 @triton.jit

@@ -30,7 +30,6 @@ from .common import (
     block_ranges,
     clamp,
     dot,
-    dot_visible,
     load_clamped,
     note,
     row_limits,
@@ -258,14 +257,15 @@ def fwd_kernel(
         total_keys = load_clamped(cp_tot_seqused_k + batch, 0, MAX_TOTAL_KEYS, status_word, CP_TOT_SEQUSED_K)
     mask = (seqlen_q, total_keys, window_left, window_right, attention_chunk, seqlen_k, cp_world_size, cp_rank)
     low, high = key_range(token, *mask)
-    tile_limits = (*key_range(first_token, *mask), *key_range(last_token, *mask))
+    first_limits = key_range(first_token, *mask)
+    last_limits = key_range(last_token, *mask)
     sequence_low, _ = key_range(0, *mask)
     _, sequence_high = key_range(seqlen_q - 1, *mask)
     split_blocks = tl.cdiv(tl.cdiv(sequence_high, BLOCK_N) - sequence_low // BLOCK_N, num_splits)
     split_blocks = tl.maximum(split_blocks, min_split_blocks)
     split_start = sequence_low // BLOCK_N + split * split_blocks
     split_end = split_start + split_blocks
-    start, full_start, full_end, end = block_ranges(*tile_limits, BLOCK_N)
+    start, full_start, full_end, end = block_ranges(*first_limits, *last_limits, BLOCK_N)
     bounds = (
         clamp(start, split_start, split_end),
         clamp(full_start, split_start, split_end),
@@ -297,6 +297,7 @@ def fwd_kernel(
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
     acc_o = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
     bad_pages = tl.zeros((BLOCK_N,), tl.int32)
+    num_special = 0  # NaN and inf values in masked tiles
     for part in tl.static_range(3):  # tiles that need the mask, full tiles, tiles that need the mask
         for n_block in tl.range(bounds[part], bounds[part + 1]):
             key = n_block * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -309,7 +310,7 @@ def fwd_kernel(
                 row_v = key.to(tl.int64) * stride_v[1]
             else:
                 slot = key + padding
-                page_id = tl.load(pages + slot // PAGE_SIZE, mask=exists, other=0)
+                page_id = tl.load(pages + slot // PAGE_SIZE, mask=key < seqlen_k, other=0)
                 page = clamp(page_id, 0, num_pages - 1)
                 bad_pages += page != page_id
                 row_k = page.to(tl.int64) * stride_k[0] + (slot % PAGE_SIZE).to(tl.int64) * stride_k[1]
@@ -342,19 +343,19 @@ def fwd_kernel(
             row_max = new_max
             row_sum = row_sum * alpha + tl.sum(p, 1)
             acc_o *= alpha[:, None]
+            if part != 1:
+                # An unseen NaN must not meet a weight of 0: seen ones are put back after the loop.
+                finite = tl.abs(tile_v.to(tl.float32)) < float("inf")
+                num_special += tl.sum(tl.where(finite, 0, 1))
+                tile_v = tl.where(finite, tile_v, 0.0)
             if v_descale is not None:
                 heads_v_descale = v_descale + batch64 * stride_v_descale[0] + head_kv * stride_v_descale[1]
                 v_scale = load_scale(heads_v_descale, key + padding, blocks_v_descale, stride_v_descale[2])
                 tile_scale = tl.max(v_scale, 0)
                 p *= tl.where(tile_scale > 0, v_scale / tile_scale, 0.0)[None, :]
-                if part == 1:
-                    acc_o += dot(p.to(dtype), tile_v, None) * tile_scale
-                else:
-                    acc_o += dot_visible(p.to(dtype), tile_v, visible, None) * tile_scale
-            elif part == 1:
-                acc_o = dot(p.to(dtype), tile_v, acc_o)
+                acc_o += dot(p.to(dtype), tile_v, None) * tile_scale
             else:
-                acc_o = dot_visible(p.to(dtype), tile_v, visible, acc_o)
+                acc_o = dot(p.to(dtype), tile_v, acc_o)
     note(status_word, PAGE_TABLE, tl.max(bad_pages, 0) > 0)
 
     empty = row_sum == 0  # else the largest score contributes 1, or a NaN spreads
