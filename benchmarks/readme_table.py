@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Write the tables of a README from the JSON files of the benchmarks.
+"""Write the tables of a README from the JSON files of the benchmarks and from the backends themselves.
 
-Each table stands between `<!-- table:NAME -->` and `<!-- /table -->`, where NAME is a benchmark. A cell is never
-typed by hand; what was not measured reads `not measured`. Files of `--quick` runs are not used.
+Each table stands between `<!-- table:NAME -->` and `<!-- /table -->`, where NAME is a benchmark or `support`. A cell is
+never typed by hand; what was not measured reads `not measured`. Files of `--quick` runs are not used.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import support
 from harness import OURS, RESULTS
 
 NOT_MEASURED = "not measured"
@@ -106,10 +107,12 @@ def write(text: str, found: dict[str, list[Report]]) -> str:
     """The text with all marked tables renewed."""
 
     def renew(match: re.Match[str]) -> str:
-        start, bench, end = match.groups()
-        if bench not in CELLS:
-            raise SystemExit(f"table:{bench}: expected one of {', '.join(CELLS)}")
-        return f"{start}{table(bench, found.get(bench, []))}\n{end}"
+        start, name, end = match.groups()
+        if name == "support":
+            return f"{start}{support.table()}\n{end}"
+        if name not in CELLS:
+            raise SystemExit(f"table:{name}: expected support or one of {', '.join(CELLS)}")
+        return f"{start}{table(name, found.get(name, []))}\n{end}"
 
     return MARKED.sub(renew, text)
 
