@@ -1,0 +1,193 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// bar, barrier.cluster, bar.warp, fences, setmaxnreg, griddepcontrol, trap and hints.
+#include "decode.h"
+#include "memory.h"
+
+namespace hopper_sim {
+
+namespace {
+
+Step nothing(Warp&, const Instruction&, u32) { return Step::next; }
+
+Step trap(Warp& w, const Instruction& i, u32) { fail(kLaunchFailed, w, i, "trap"); }
+
+// Warps that left count as arrived where the whole block is meant.
+u32 needed(const Cta& cta, const NamedBarrier& barrier) {
+    return barrier.whole_block ? cta.live_warps * kWarpSize : barrier.expected;
+}
+
+void complete_if_due(Cta& cta, NamedBarrier& barrier) {
+    if (barrier.arrived == 0 || barrier.arrived < needed(cta, barrier)) return;
+    barrier.arrived = 0;
+    ++barrier.generation;
+}
+
+void arrive(Warp& w, const Instruction& i, u32 lane, u32 id, NamedBarrier& barrier) {
+    bool counted = i.option;
+    u32 count = counted ? w.reg<u32>(i.b)[lane] : static_cast<u32>(w.cta->warps.size()) * kWarpSize;
+    if (count == 0 || count % kWarpSize)
+        fail(kLaunchFailed, w, i, format("barrier %u with count %u", id, count));
+    if (barrier.arrived && barrier.expected != count)
+        hazard(w, i, "named-barrier",
+               format("barrier %u is used with counts %u and %u at once", id, barrier.expected,
+                      count));
+    barrier.expected = count;
+    barrier.whole_block = !counted;
+    barrier.arrived += kWarpSize;
+    if (barrier.arrived > count)
+        hazard(w, i, "named-barrier", format("more than %u arrivals at barrier %u", count, id));
+}
+
+Step barrier_sync(Warp& w, const Instruction& i, u32 mask) {
+    u32 lane = static_cast<u32>(__builtin_ctz(mask)), id = w.reg<u32>(i.a)[lane];
+    if (id > 15) fail(kLaunchFailed, w, i, format("barrier %u of 16", id));
+    NamedBarrier& barrier = w.cta->named_barriers[id];
+    if (!w.at_named_barrier) {
+        u32 generation = barrier.generation;
+        arrive(w, i, lane, id, barrier);
+        w.at_named_barrier = true;
+        w.barrier_id = id;
+        w.barrier_generation = generation;
+    }
+    complete_if_due(*w.cta, barrier);
+    bool arrives_only = i.variant;
+    if (!arrives_only && barrier.generation == w.barrier_generation)
+        return w.wait_for(Wait::named_barrier, id);
+    w.at_named_barrier = false;
+    return Step::next;
+}
+
+u32 live_warps(const Cluster& cluster) {
+    u32 count = 0;
+    for (auto& cta : cluster.ctas) count += cta->live_warps;
+    return count;
+}
+
+void complete_if_due(Cluster& cluster) {
+    if (cluster.arrived == 0 || cluster.arrived < live_warps(cluster)) return;
+    cluster.arrived = 0;
+    ++cluster.generation;
+}
+
+Step cluster_arrive(Warp& w, const Instruction& i, u32) {
+    Cluster& cluster = *w.cta->cluster;
+    if (w.at_cluster_barrier) hazard(w, i, "cluster-barrier", "a second arrival without a wait");
+    w.at_cluster_barrier = true;
+    w.cluster_generation = cluster.generation;
+    ++cluster.arrived;
+    complete_if_due(cluster);
+    return Step::next;
+}
+
+Step cluster_wait(Warp& w, const Instruction& i, u32) {
+    Cluster& cluster = *w.cta->cluster;
+    if (!w.at_cluster_barrier) fail(kLaunchFailed, w, i, "barrier.cluster.wait without an arrival");
+    complete_if_due(cluster);
+    if (cluster.generation == w.cluster_generation) return w.wait_for(Wait::cluster_barrier);
+    w.at_cluster_barrier = false;
+    return Step::next;
+}
+
+Step set_max_registers(Warp& w, const Instruction& i, u32) {
+    s64 wanted = i.immediate, change = (wanted - w.register_count) * static_cast<s64>(kWarpSize);
+    bool grows = i.variant;
+    if (grows != (change >= 0) && change != 0)
+        hazard(w, i, "setmaxnreg",
+               format("%s from %u to %lld registers", grows ? "inc" : "dec", w.register_count,
+                      static_cast<long long>(wanted)));
+    if (change > w.cta->register_pool)
+        return w.wait_for(Wait::register_pool, static_cast<u32>(wanted));
+    w.cta->register_pool -= change;
+    w.register_count = static_cast<u32>(wanted);
+    return Step::next;
+}
+
+}  // namespace
+
+void decode_barrier(Decode& d) {
+    bool old_name = d.modifiers.stem() == "bar";
+    if (d.modifiers.take("warp")) {
+        if (!d.modifiers.take("sync")) throw Error(kNotSupported, "bar.warp without .sync");
+        d.expect_args(1, 1);
+        d.i.flow = Flow::masked;
+        d.i.member_mask = d.read(0, 4);
+        d.i.run = nothing;
+        return;
+    }
+    bool cluster = d.modifiers.take("cluster");
+    std::string_view kind = d.modifiers.take_any({"sync", "arrive", "wait"});
+    d.modifiers.take("cta");
+    bool aligned = d.modifiers.take("aligned") || old_name;
+    if (kind.empty() || !aligned) throw Error(kNotSupported, "barrier of this kind");
+    d.i.flow = Flow::aligned;
+    if (cluster) {
+        d.expect_args(0, 0);
+        d.modifiers.take_any({"acquire", "release"});
+        d.i.option = d.modifiers.take("relaxed");
+        if (kind == "sync") throw Error(kNotSupported, "barrier.cluster.sync");
+        d.i.run = kind == "wait" ? cluster_wait : cluster_arrive;
+        return;
+    }
+    d.expect_args(1, 2);
+    d.i.variant = kind == "arrive";
+    if (kind == "wait") throw Error(kNotSupported, "barrier.wait");
+    d.i.a = d.read(0, 4);
+    d.i.option = d.args.size() == 2;
+    if (d.i.option) d.i.b = d.read(1, 4);
+    d.i.run = barrier_sync;
+}
+
+void decode_fence(Decode& d) {
+    d.expect_args(0, 0);
+    if (d.modifiers.take("proxy")) {
+        std::string_view proxy =
+            d.modifiers.take_any({"async", "async::generic", "tensormap::generic", "alias"});
+        if (proxy != "async") throw Error(kNotSupported, "fence.proxy of this kind");
+        d.modifiers.take_any({"shared::cta", "shared::cluster", "global"});
+        d.i.run = nothing;
+        return;
+    }
+    d.modifiers.take("mbarrier_init");
+    d.modifiers.take_any({"sc", "acq_rel", "acquire", "release"});
+    d.modifiers.take_any({"cta", "cluster", "gpu", "gl", "sys"});
+    d.i.run = nothing;
+}
+
+// Instructions that only advise.
+void decode_hint(Decode& d) {
+    d.expect_args(1, 1);
+    for (const char* modifier : {"global", "local", "param", "L1", "L2", "u32", "tensormap",
+                                 "L2::evict_last", "L2::evict_normal", "const"})
+        d.modifiers.take(modifier);
+    d.i.run = nothing;
+}
+
+void decode_setmaxnreg(Decode& d) {
+    d.expect_args(1, 1);
+    std::string_view kind = d.modifiers.take_any({"inc", "dec"});
+    bool known = d.modifiers.take("sync") && d.modifiers.take("aligned") &&
+                 d.modifiers.take("u32") && !kind.empty();
+    u64 count = d.literal(0);
+    if (!known || count % 8 || count < 24 || count > 256)
+        throw Error(kInvalidPtx, "setmaxnreg needs 24..256 by 8");
+    d.i.variant = kind == "inc";
+    d.i.immediate = static_cast<s64>(count);
+    d.i.flow = Flow::aligned;
+    d.i.run = set_max_registers;
+    u32& largest = d.decoder.kernel().largest_setmaxnreg;
+    largest = std::max(largest, static_cast<u32>(count));
+}
+
+void decode_trap(Decode& d) {
+    d.expect_args(0, 0);
+    d.i.run = trap;
+}
+
+void decode_griddepcontrol(Decode& d) {
+    d.expect_args(0, 0);
+    if (d.modifiers.take_any({"wait", "launch_dependents"}).empty())
+        throw Error(kNotSupported, "griddepcontrol of this kind");
+    d.i.run = nothing;
+}
+
+}  // namespace hopper_sim

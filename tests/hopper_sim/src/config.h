@@ -1,0 +1,42 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// What a test may choose: "policy=random,seed=3,coresident=2".
+#pragma once
+
+#include <string>
+
+#include "base.h"
+
+namespace hopper_sim {
+
+enum class Policy { eager, lazy, random, null };
+enum class Late { nothing, reads, writes };  // the step of bulk stores that is held back
+enum class Choice { first, last, random };   // elected lane; next asynchronous operation
+enum class CtaOrder { forward, backward, random };
+
+struct Config {
+    Policy policy = Policy::eager;
+    u64 seed = 1;
+    Choice order = Choice::last;  // lazy: which operation in flight completes first
+    u32 delay = 0;                // PTX line whose asynchronous operations are late
+    u64 starve = 0;               // bit mask of warps that run only if no other can
+    bool first_try_fails = false;
+    Late late = Late::nothing;
+    Choice elect = Choice::first;
+    CtaOrder cta_order = CtaOrder::forward;
+    u32 coresident = 1;  // clusters at once
+    u32 quantum = 500;   // instructions a warp runs before the next has its turn
+    u64 budget = 2'000'000'000;
+    bool check = true;  // hazards
+    bool races = true;
+    bool uninitialized = false;
+    bool sticky = false;
+    u32 fp8_accumulator_bits = 0;  // 0: fp32
+    u32 sms = 132;
+
+    std::string text;  // as given, for the replay line
+
+    // Changes the named options; "reset" restores the defaults first. Unknown options throw Error.
+    void apply(const std::string& options);
+};
+
+}  // namespace hopper_sim

@@ -1,0 +1,179 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The state of a running grid: warps with their splits, blocks, clusters.
+#pragma once
+
+#include <deque>
+#include <memory>
+#include <random>
+#include <unordered_map>
+#include <vector>
+
+#include "async.h"
+#include "config.h"
+#include "program.h"
+#include "report.h"
+
+namespace hopper_sim {
+
+struct Cta;
+struct Cluster;
+struct Grid;
+
+// Why a split does not run; turned into words only when a deadlock is reported.
+struct Wait {
+    enum Kind : u8 {
+        nothing,
+        lanes,
+        named_barrier,
+        cluster_barrier,
+        mbarrier,
+        bulk_group,
+        async_group,
+        wgmma_group,
+        register_pool,
+    } kind = nothing;
+    u32 id = 0;      // barrier id, address, group count or registers
+    u32 detail = 0;  // parity, ...
+};
+
+// Lanes that share a program counter.
+struct Split {
+    u32 pc = 0;
+    u32 mask = 0;
+    bool blocked = false;
+    Wait wait;
+};
+
+// cp.async and bulk groups of one lane: the open one, and the committed ones in order.
+struct LaneGroups {
+    std::shared_ptr<Group> open;
+    std::deque<std::shared_ptr<Group>> committed;
+    std::shared_ptr<Group> current();
+    void commit();
+};
+
+struct WgmmaOperation {
+    std::vector<u32> accumulators, a_registers;  // slots
+    std::vector<u32> pieces;                     // smem read, in units of kPieceBytes
+};
+using WgmmaGroup = std::vector<WgmmaOperation>;
+
+struct Warp {
+    u8* registers = nullptr;
+    Cta* cta = nullptr;
+    u32 id = 0;
+    u32 alive = 0;
+    std::vector<Split> splits;
+    Split* running = nullptr;
+
+    bool at_named_barrier = false, at_cluster_barrier = false;
+    u32 barrier_id = 0, barrier_generation = 0, cluster_generation = 0;
+    u32 register_count = 0;  // setmaxnreg
+    std::vector<LaneGroups> bulk_groups, async_groups;
+
+    WgmmaGroup wgmma_open;
+    std::deque<WgmmaGroup> wgmma_committed;
+    u64 wgmma_issued = 0, wgmma_groups = 0;
+    u64 instructions = 0;
+
+    template <class T>
+    T* reg(u32 slot) {
+        return reinterpret_cast<T*>(registers + slot);
+    }
+    u32 predicate(u32 slot) { return *reg<u32>(slot); }
+    void set_predicate(u32 slot, u32 value, u32 mask) {
+        u32& p = *reg<u32>(slot);
+        p = (p & ~mask) | (value & mask);
+    }
+    Step wait_for(Wait::Kind kind, u32 id = 0, u32 detail = 0) {
+        running->wait = {kind, id, detail};
+        return Step::block;
+    }
+    bool done() const { return splits.empty(); }
+    LaneGroups& bulk(u32 lane);
+    LaneGroups& async(u32 lane);
+};
+
+struct Mbarrier {
+    u32 expected = 0;
+    s64 pending = 0, transactions = 0;
+    u32 phase = 0;
+    void complete_if_due() {
+        if (pending == 0 && transactions == 0) ++phase, pending = expected;
+    }
+};
+
+struct NamedBarrier {
+    u32 arrived = 0, expected = 0, generation = 0;
+    bool whole_block = false;
+};
+
+// B of one wgmma, converted to float once for the four warps of a warpgroup.
+struct SharedOperand {
+    u64 descriptor = 0;
+    u32 users = 0;
+    std::vector<float> values;
+    std::vector<u32> pieces;
+};
+
+struct Cta {
+    Cluster* cluster = nullptr;
+    u32 rank = 0;
+    u32 index[3] = {};
+    u32 smem_end = 0;
+    std::unique_ptr<u8[]> smem;
+    std::unique_ptr<u8[]> register_storage, local_storage;
+    std::unordered_map<u32, Mbarrier> mbarriers;  // by offset
+    NamedBarrier named_barriers[16];
+    std::unordered_map<u64, SharedOperand> shared_operands[32];  // by warpgroup, wgmma number
+    std::vector<Warp> warps;
+    u32 live_warps = 0;
+    s64 register_pool = 0;
+
+    u32 threads() const;
+    Grid& grid() const;
+    std::string name_of(u32 offset) const;  // "0x18400 (s_p + 0x400)"
+};
+
+struct Cluster {
+    Grid* grid = nullptr;
+    std::vector<std::unique_ptr<Cta>> ctas;
+    std::vector<AsyncOperation> in_flight;
+    u32 arrived = 0, generation = 0;  // barrier.cluster
+    bool done() const;
+};
+
+struct NamedRange {
+    u32 offset, bytes;
+    std::string name;
+};
+
+struct LaunchShape {
+    u32 grid[3] = {1, 1, 1}, block[3] = {1, 1, 1}, cluster[3] = {1, 1, 1};
+    u32 dynamic_smem = 0;
+    bool programmatic = false;  // programmatic dependent launch
+    u32 block_threads() const { return block[0] * block[1] * block[2]; }
+    u32 cluster_blocks() const { return cluster[0] * cluster[1] * cluster[2]; }
+};
+
+struct Grid {
+    const Kernel* kernel = nullptr;
+    LaunchShape shape;
+    const u8* parameters = nullptr;
+    Config config;
+    std::vector<NamedRange> smem_names;
+    LaunchReport* report = nullptr;
+    std::mt19937_64 random;
+
+    u64 draw(u64 bound) { return random() % bound; }
+};
+
+enum class RunResult { quantum, blocked, done };
+RunResult run_warp(Warp& warp, u32 quantum);
+std::string describe_wait(const Warp& warp, const Split& split);
+
+// Runs a grid to its end; throws Error for what a driver would report.
+void launch(const Kernel& kernel, const LaunchShape& shape, const u8* parameters,
+            const Config& config, const std::vector<NamedRange>& smem_names, LaunchReport& report);
+
+}  // namespace hopper_sim

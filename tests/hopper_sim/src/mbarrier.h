@@ -1,0 +1,17 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#pragma once
+
+#include "machine.h"
+
+namespace hopper_sim {
+
+// The barrier at a shared (or generic shared) address; throws if none is initialised there.
+Mbarrier& mbarrier_at(Warp& w, const Instruction& i, u64 address);
+
+// Offset in its block of a shared or generic shared address.
+u64 shared_address(const Instruction& i, u64 address);
+
+// Bytes of an asynchronous copy have arrived.
+void complete_transaction(Cta& cta, u32 offset, u32 bytes);
+
+}  // namespace hopper_sim

@@ -1,0 +1,100 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#include "report.h"
+
+#include "machine.h"
+
+namespace hopper_sim {
+
+namespace {
+
+constexpr size_t kMaxHazards = 50;
+constexpr size_t kMaxInstructionText = 100;
+
+std::string one_line(std::string_view text) {
+    std::string out;
+    for (char c : text.substr(0, kMaxInstructionText)) {
+        bool blank = c == '\n' || c == '\t' || c == ' ';
+        if (!blank)
+            out += c;
+        else if (!out.empty() && out.back() != ' ')
+            out += ' ';
+    }
+    return out;
+}
+
+std::string json_counts(const std::map<u32, u64>& counts) {
+    std::string out = "{";
+    for (auto& [line, count] : counts)
+        out += format("%s\"%u\": %llu", out.size() > 1 ? ", " : "", line,
+                      static_cast<unsigned long long>(count));
+    return out + "}";
+}
+
+std::string json_statistics(const Statistics& s) {
+    auto field = [](const char* name, u64 value) {
+        return format("\"%s\": %llu, ", name, static_cast<unsigned long long>(value));
+    };
+    return "{" + field("warp_instructions", s.warp_instructions) + field("wgmma", s.wgmma) +
+           field("macs", s.macs) + field("tma_bytes_in", s.tma_bytes_in) +
+           field("tma_bytes_out", s.tma_bytes_out) + field("multicast_bytes", s.multicast_bytes) +
+           field("barrier_waits", s.barrier_waits) + field("bank_conflicts", s.bank_conflicts) +
+           "\"async_sites\": " + json_counts(s.async_sites) +
+           ", \"blocked\": " + json_counts(s.blocked) + "}";
+}
+
+std::string json_hazard(const Hazard& h) {
+    return "{\"kind\": " + json_string(h.kind) + ", \"message\": " + json_string(h.message) +
+           ", \"where\": " + json_string(h.where) + ", \"other\": " + json_string(h.other) +
+           format(", \"line\": %u, \"other_line\": %u, \"count\": %u}", h.line, h.other_line,
+                  h.count);
+}
+
+}  // namespace
+
+std::string json_string(const std::string& text) {
+    std::string out = "\"";
+    for (char c : text) {
+        if (c == '"' || c == '\\')
+            out += std::string("\\") + c;
+        else if (static_cast<unsigned char>(c) < 0x20)
+            out += format("\\u%04x", c);
+        else
+            out += c;
+    }
+    return out + "\"";
+}
+
+std::string place(const Warp& warp, const Instruction& i) {
+    const Cta& cta = *warp.cta;
+    std::string source = cta.grid().kernel->module->source_of(i);
+    return format("%s cta (%u,%u,%u) warp %u  ptx %u  ",
+                  cta.grid().kernel->name.substr(0, 80).c_str(), cta.index[0], cta.index[1],
+                  cta.index[2], warp.id, i.line) +
+           one_line(i.text) + (source.empty() ? "" : "  " + source);
+}
+
+void hazard(Warp& warp, const Instruction& i, const char* kind, const std::string& message,
+            const Warp* other_warp, const Instruction* other) {
+    Grid& grid = warp.cta->grid();
+    if (!grid.config.check) return;
+    u32 other_line = other ? other->line : 0;
+    auto& hazards = grid.report->hazards;
+    for (Hazard& h : hazards)
+        if (h.kind == kind && h.line == i.line && h.other_line == other_line) {
+            ++h.count;
+            return;
+        }
+    if (hazards.size() >= kMaxHazards) return;
+    hazards.push_back({kind, message, place(warp, i), other ? place(*other_warp, *other) : "",
+                       i.line, other_line, 1});
+}
+
+std::string LaunchReport::json() const {
+    std::string list;
+    for (const Hazard& h : hazards) list += (list.empty() ? "" : ", ") + json_hazard(h);
+    return "{\"kernel\": " + json_string(kernel) + ", \"config\": " + json_string(config) +
+           format(", \"result\": %d, \"error\": ", result) + json_string(error) +
+           ", \"hazards\": [" + list + "], \"statistics\": " + json_statistics(statistics) + "}";
+}
+
+}  // namespace hopper_sim

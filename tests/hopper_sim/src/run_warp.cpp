@@ -1,0 +1,188 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The interpreter: splits of a warp, lowest program counter first.
+#include <algorithm>
+
+#include "machine.h"
+
+namespace hopper_sim {
+
+namespace {
+
+constexpr size_t kNone = ~size_t{0};
+
+size_t lowest_runnable(const std::vector<Split>& splits) {
+    size_t best = kNone;
+    for (size_t n = 0; n < splits.size(); ++n)
+        if (!splits[n].blocked && (best == kNone || splits[n].pc < splits[best].pc)) best = n;
+    return best;
+}
+
+void merge_equal(std::vector<Split>& splits) {
+    for (size_t a = 0; a + 1 < splits.size(); ++a)
+        for (size_t b = a + 1; b < splits.size();) {
+            if (splits[a].pc != splits[b].pc) {
+                ++b;
+                continue;
+            }
+            splits[a].mask |= splits[b].mask;
+            splits[a].blocked = false;
+            splits.erase(splits.begin() + static_cast<long>(b));
+        }
+}
+
+// The first program counter at or after `pc` where another split stands.
+u32 next_meeting(const std::vector<Split>& splits, size_t self) {
+    u32 meeting = ~0u;
+    for (size_t n = 0; n < splits.size(); ++n)
+        if (n != self && splits[n].pc >= splits[self].pc) meeting = std::min(meeting, splits[n].pc);
+    return meeting;
+}
+
+// Lanes that a collective instruction still misses.
+u32 missing_lanes(Warp& w, const Instruction& i, u32 mask) {
+    if (i.flow == Flow::aligned) return w.alive & ~mask;
+    u32 members = w.reg<u32>(i.member_mask)[__builtin_ctz(mask)];
+    if (mask & ~members)
+        hazard(w, i, "membermask",
+               format("lanes 0x%x execute it, the membermask is 0x%x", mask, members));
+    return members & w.alive & ~mask;
+}
+
+enum class Outcome { next, blocked, resched };
+
+class Runner {
+  public:
+    Runner(Warp& warp, u32 quantum)
+        : w_(warp), code_(warp.cta->grid().kernel->code.data()), quantum_(quantum) {}
+
+    RunResult run() {
+        for (Split& split : w_.splits) split.blocked = false;
+        while (true) {
+            merge_equal(w_.splits);
+            if (w_.splits.empty()) return RunResult::done;
+            size_t chosen = lowest_runnable(w_.splits);
+            if (chosen == kNone) return RunResult::blocked;
+            if (quantum_ == 0) return RunResult::quantum;
+            run_split(chosen);
+        }
+    }
+
+  private:
+    // Runs a split until it blocks, splits, ends, meets another or the quantum is over.
+    void run_split(size_t chosen) {
+        u32 meeting = w_.splits.size() > 1 ? next_meeting(w_.splits, chosen) : ~0u;
+        Split& split = w_.splits[chosen];
+        w_.running = &split;
+        u32 pc = split.pc;
+        while (quantum_ > 0) {
+            const Instruction& i = code_[pc];
+            u32 mask = split.mask;
+            if (i.guard >= 0) {
+                u32 p = w_.predicate(static_cast<u32>(i.guard));
+                mask &= i.guard_negated ? ~p : p;
+            }
+            split.pc = pc;
+            Outcome outcome = i.flow == Flow::plain ? plain(i, mask) : special(i, mask, chosen, pc);
+            if (outcome == Outcome::blocked) {
+                split.blocked = true;
+                return;
+            }
+            ++w_.instructions;
+            --quantum_;
+            if (outcome == Outcome::resched) return;
+            split.pc = ++pc;
+            if (pc >= meeting) return;
+        }
+    }
+
+    Outcome plain(const Instruction& i, u32 mask) {
+        if (mask == 0) return Outcome::next;
+        return i.run(w_, i, mask) == Step::block ? Outcome::blocked : Outcome::next;
+    }
+
+    Outcome special(const Instruction& i, u32 mask, size_t chosen, u32& pc) {
+        if (i.flow == Flow::branch) return branch(i, mask, chosen, pc);
+        if (mask == 0) return Outcome::next;
+        if (i.flow == Flow::exit) return exit(mask, chosen);
+        if (u32 missing = missing_lanes(w_, i, mask)) {
+            w_.wait_for(Wait::lanes, missing);
+            return Outcome::blocked;
+        }
+        return plain(i, mask);
+    }
+
+    Outcome branch(const Instruction& i, u32 taken, size_t chosen, u32& pc) {
+        Split& split = w_.splits[chosen];
+        u32 stay = split.mask & ~taken;
+        if (taken == 0) return Outcome::next;
+        if (stay == 0) {
+            split.pc = i.target;
+            if (w_.splits.size() > 1) return Outcome::resched;
+            pc = i.target - 1;  // the caller steps over it
+            return Outcome::next;
+        }
+        split.mask = stay;
+        split.pc = pc + 1;
+        w_.splits.push_back({i.target, taken, false, {}});
+        return Outcome::resched;
+    }
+
+    Outcome exit(u32 mask, size_t chosen) {
+        w_.alive &= ~mask;
+        Split& split = w_.splits[chosen];
+        split.mask &= ~mask;
+        if (split.mask) return Outcome::next;
+        w_.splits.erase(w_.splits.begin() + static_cast<long>(chosen));
+        return Outcome::resched;
+    }
+
+    Warp& w_;
+    const Instruction* code_;
+    u32 quantum_;
+};
+
+}  // namespace
+
+RunResult run_warp(Warp& warp, u32 quantum) { return Runner(warp, quantum).run(); }
+
+std::string describe_wait(const Warp& warp, const Split& split) {
+    const Wait& wait = split.wait;
+    const Cta& cta = *warp.cta;
+    switch (wait.kind) {
+        case Wait::lanes:
+            return format("waits for lanes 0x%x of its warp", wait.id);
+        case Wait::named_barrier: {
+            const NamedBarrier& b = cta.named_barriers[wait.id];
+            return format("waits at barrier %u: %u of %u threads are there", wait.id, b.arrived,
+                          b.expected);
+        }
+        case Wait::cluster_barrier:
+            return "waits at barrier.cluster";
+        case Wait::mbarrier: {
+            auto found = cta.mbarriers.find(wait.id & kOffsetMask);
+            if (found == cta.mbarriers.end()) return "waits at an mbarrier that is gone";
+            const Mbarrier& b = found->second;
+            return format("waits at mbarrier ") + cta.name_of(wait.id & kOffsetMask) +
+                   format(
+                       " for parity %u: phase %u, %lld of %u arrivals pending, %lld bytes pending",
+                       wait.detail, b.phase, static_cast<long long>(b.pending), b.expected,
+                       static_cast<long long>(b.transactions));
+        }
+        case Wait::bulk_group:
+            return format("waits for bulk groups: %u incomplete, %u allowed", wait.detail, wait.id);
+        case Wait::async_group:
+            return format("waits for cp.async groups: %u incomplete, %u allowed", wait.detail,
+                          wait.id);
+        case Wait::wgmma_group:
+            return format("wgmma.wait_group %u: warp %u is behind", wait.id, wait.detail);
+        case Wait::register_pool:
+            return format("setmaxnreg %u: %lld registers are free, %u more are needed", wait.id,
+                          static_cast<long long>(cta.register_pool),
+                          (wait.id - warp.register_count) * kWarpSize);
+        case Wait::nothing:
+            break;
+    }
+    return "can run";
+}
+
+}  // namespace hopper_sim
