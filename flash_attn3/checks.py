@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .errors import FlashAttn3Error, FlashAttn3TypeError, FlashAttn3ValueError, UnsupportedError, message
 
@@ -153,6 +154,8 @@ class Checks:
             self.fail_type(argument, f"a {kind} tensor", "a dense strided tensor")
         if dtypes is not None and value.dtype not in dtypes:
             self.fail_type(argument, str(value.dtype), f"dtype {named(dtypes)}", hint)
+        if forward_ad._current_level >= 0 and forward_ad.unpack_dual(value).tangent is not None:
+            self.unsupported(argument, "a dual tensor", "no tangent", "Forward-mode gradients are not implemented")
         return value
 
     def shape(self, argument: str, value: Tensor, *expected: tuple[str, int | None], like: str = "") -> None:

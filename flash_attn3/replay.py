@@ -73,7 +73,7 @@ def _key(names: tuple[str, ...], values: tuple) -> tuple | None:
     for name, x in zip(names, values, strict=False):
         kind = type(x)
         if kind is Tensor or kind is Parameter:
-            if x.layout is not torch.strided or x.is_nested or x.is_meta:
+            if x.layout is not torch.strided or x.is_nested or x.is_meta or x.is_neg():
                 return None
             tensors.append(id(x))
             parts.append((x.shape, x.stride(), x.dtype, x.device, x.requires_grad))
