@@ -1,0 +1,31 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// What the compiler must know of a kernel, since it decides registers, shared memory or
+// instructions; the rest is in params.h.
+#pragma once
+
+#include "params.h"
+
+namespace fa3 {
+
+enum class KvSource { tma };
+
+// Fields in the order of FwdVariant in flash_attn3/variants.py.
+struct FwdConfig {
+    Dtype dtype = Dtype::bf16;
+    int head_dim = 128;    // of Q and K
+    int head_dim_v = 128;  // of V and out
+    int block_m = 128;     // query rows of a tile, 64 for each consumer warpgroup
+    int block_n = 128;     // keys of a tile
+    int stages = 2;        // tiles of K, and of V, in shared memory
+    KvSource kv_source = KvSource::tma;
+
+    constexpr int consumers() const { return block_m / kWarpgroupRows; }  // warpgroups
+    constexpr int threads() const { return 128 * (consumers() + 1); }
+    // Of a thread, after setmaxnreg: together what the launch gives, 65536 / threads() to each.
+    constexpr int producer_registers() const { return consumers() == 3 ? 32 : 24; }
+    constexpr int consumer_registers() const { return consumers() == 3 ? 160 : 240; }
+    constexpr int panels() const { return (head_dim + kPanel - 1) / kPanel; }
+    constexpr int panels_v() const { return (head_dim_v + kPanel - 1) / kPanel; }
+};
+
+}  // namespace fa3

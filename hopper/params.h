@@ -1,0 +1,65 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The arguments of kernels: filled by csrc/ (g++), read by device code (nvcc, NVRTC), declared here
+// alone.
+#pragma once
+
+#ifdef __CUDACC_RTC__
+struct alignas(64) CUtensorMap {
+    unsigned long long opaque[16];
+};
+#else
+#include <cuda.h>
+#endif
+
+namespace fa3 {
+
+enum class Dtype : int { bf16, fp16, fp32 };
+
+constexpr int kPanel = 64;           // columns of a box of a tensor map: 128 bytes, the swizzle
+constexpr int kWarpgroupRows = 64;   // query rows of a consumer warpgroup
+constexpr int kUnbounded = 1 << 30;  // a window side without a limit, and the largest with one
+
+// The forward. Absent tensors are null. b sequences, h query heads, h_kv key/value heads.
+//   rows of sequence n: from cu_seqlens_q[n], else from 0 in batch entry n;
+//       n_q = seqused_q[n], else cu_seqlens_q[n + 1] - cu_seqlens_q[n], else seqlen_q
+//   keys of sequence n: the same of K, after the first leftpad_k[n]
+struct FwdParams {
+    // `pack` query heads of one KV head make neighbouring rows of a tile: row r holds position
+    // r / pack of head r % pack. Maps of tensors without elements are not read.
+    CUtensorMap q_map;    // (d, pack, seqlen_q, h / pack, b); box (kPanel, pack, block_m / pack)
+    CUtensorMap k_map;    // (d, seqlen_k, h_kv, b); box (kPanel, block_n)
+    CUtensorMap v_map;    // (dv, seqlen_k, h_kv, b); box (kPanel, block_n)
+    CUtensorMap out_map;  // (dv, pack, seqlen_q, h / pack, b); box (kPanel, pack, 64 / pack)
+    int out_by_tma;       // out_map may be used: pack divides 64, one split, out of Q's dtype
+
+    Dtype out_dtype;             // of Q, or fp32
+    void* out;                   // [splits, b, seqlen_q, h, dv], rows aligned to 16 bytes
+    long long out_split_stride;  // in elements, as all strides; that of dv is 1
+    long long out_batch_stride, out_row_stride, out_head_stride;
+
+    float* lse;  // [splits, b, h, seqlen_q], natural logarithm; the stride of seqlen_q is 1
+    long long lse_split_stride, lse_batch_stride, lse_head_stride;
+    float* max_logits;  // [b, h], -inf before the launch
+
+    const int* cu_seqlens_q;  // [b + 1]: q, out and lse are packed, a batch entry of seqlen_q rows
+    const int* cu_seqlens_k;  // [b + 1]: k and v are packed, a batch entry of seqlen_k rows
+    const int* seqused_q;     // [b]
+    const int* seqused_k;     // [b], left padding included
+    const int* leftpad_k;     // [b]
+
+    int batch, seqlen_q, seqlen_k, num_heads, num_heads_kv, head_dim_v, pack;
+
+    int window_left, window_right;  // 0 .. kUnbounded; a causal mask is window_right = 0
+    int attention_chunk;            // 0: off
+    float scale_log2;               // softmax_scale * log2(e); with softcap, softcap * log2(e)
+    float softcap_scale;            // softmax_scale / softcap; 0: off
+    const void* sink;               // [h] logits, added to the denominator of every row
+    Dtype sink_dtype;
+
+    // There are num_m_blocks * (h / pack) * b * num_splits tiles of block_m / pack positions.
+    int num_m_blocks, num_splits;
+    int heads_per_section;  // of h / pack; their K and V stay in L2 while all m-blocks pass
+    int* tile_counter;  // [2] zeros, left as zeros; null: CTA i takes tiles i, i + gridDim.x, ...
+};
+
+}  // namespace fa3
