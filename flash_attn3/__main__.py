@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from . import demo, env, export, info
+from .build import command as build
 from .errors import FlashAttn3Error
 
 EXPORTS = {
@@ -40,6 +41,7 @@ def parser() -> argparse.ArgumentParser:
     commands = p.add_subparsers(dest="command", metavar="command")
     report = commands.add_parser("info", help="what is installed, which backends work here, and why others do not")
     report.add_argument("--json", action="store_true", help="machine-readable")
+    build.add_arguments(commands.add_parser("build", help=build.PURPOSE, description=build.PURPOSE))
     for name, (_, purpose) in EXPORTS.items():
         commands.add_parser(name, help=purpose).add_argument("folder", type=Path, metavar="DIR", help="new or empty")
     return p
@@ -50,6 +52,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.command == "info":
         print(info.as_json() if args.json else info.as_text())
         return 0
+    if args.command == "build":
+        return build.run(args)
     if args.command in EXPORTS:
         return run_export(args.command, args.folder)
     if missing := demo.missing_packages():

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
     import torch
@@ -23,8 +23,38 @@ _ENUMS = {"dtype": "Dtype", "kv_source": "KvSource"}
 
 
 @dataclass(frozen=True)
-class FwdVariant:
-    """The fields of `FwdConfig` in hopper/config.h, in its order."""
+class Variant:
+    """One kernel of an operation; the fields are those of its configuration in hopper/config.h, in that order."""
+
+    operation: ClassVar[str]  # hopper/<operation>.cuh, hopper/<operation>_entry.cuh
+    config: ClassVar[str]
+
+    @property
+    def name(self) -> str:
+        raise NotImplementedError
+
+    @property
+    def entry(self) -> str:
+        """The symbol of the kernel, the same in every cubin of the operation."""
+        return f"fa3_{self.operation}"
+
+    def stub(self) -> str:
+        """The whole source of the kernel: its configuration between two includes."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        enums = {name: f"{_ENUMS[name]}::{values[name]}" for name in _ENUMS.keys() & values.keys()}
+        settings = ", ".join(f".{name} = {value}" for name, value in (values | enums).items())
+        return (
+            f'#include "{self.operation}.cuh"\n'
+            "using namespace fa3;\n"
+            f"constexpr {self.config} kConfig{{{settings}}};\n"
+            f'#include "{self.operation}_entry.cuh"\n'
+        )
+
+
+@dataclass(frozen=True)
+class FwdVariant(Variant):
+    operation = "fwd"
+    config = "FwdConfig"
 
     dtype: str  # "bf16" or "fp16"
     head_dim: int  # the largest d and dv that it serves: the copy engine fills up with zeros
@@ -41,30 +71,18 @@ class FwdVariant:
             f"_s{self.stages}_{self.kv_source}"
         )
 
-    @property
-    def entry(self) -> str:
-        """The symbol of the kernel, the same in every cubin of the operation."""
-        return "fa3_fwd"
-
-    def stub(self) -> str:
-        """The whole source of the kernel: its configuration between two includes."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        enums = {name: f"{_ENUMS[name]}::{values[name]}" for name in _ENUMS.keys() & values.keys()}
-        settings = ", ".join(f".{name} = {value}" for name, value in (values | enums).items())
-        return (
-            '#include "fwd.cuh"\n'
-            "using namespace fa3;\n"
-            f"constexpr FwdConfig kConfig{{{settings}}};\n"
-            '#include "fwd_entry.cuh"\n'
-        )
-
 
 @functools.cache
-def all_variants() -> tuple[FwdVariant, ...]:
+def fwd_variants() -> tuple[FwdVariant, ...]:
     return tuple(FwdVariant(dtype, d, d) for dtype in ("bf16", "fp16") for d in (64, 128))
 
 
-def by_name(name: str) -> FwdVariant | None:
+def all_variants() -> tuple[Variant, ...]:
+    """Of every operation."""
+    return fwd_variants()
+
+
+def by_name(name: str) -> Variant | None:
     return next((variant for variant in all_variants() if variant.name == name), None)
 
 
@@ -86,7 +104,7 @@ def unsupported_reason(p: AttentionProblem) -> str | None:
 def _select(dtype: torch.dtype, head_dim: int, head_dim_v: int) -> FwdVariant | None:
     able = [
         variant
-        for variant in all_variants()
+        for variant in fwd_variants()
         if variant.dtype == DTYPES.get(str(dtype)) and variant.head_dim >= head_dim and variant.head_dim_v >= head_dim_v
     ]
     return min(able, key=lambda variant: (variant.head_dim, variant.head_dim_v), default=None)
@@ -98,6 +116,6 @@ def _reason(dtype: torch.dtype, head_dim: int, head_dim_v: int) -> str:
         other_dtype = variant.dtype != DTYPES.get(str(dtype))
         return other_dtype, abs(variant.head_dim - head_dim) + abs(variant.head_dim_v - head_dim_v)
 
-    nearest = min(all_variants(), key=distance)
+    nearest = min(fwd_variants(), key=distance)
     wanted = f"{str(dtype).removeprefix('torch.')} with head dims ({head_dim}, {head_dim_v})"
     return f"no forward kernel for {wanted}; the nearest is {nearest.name}"

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import os
 import re
 import tempfile
 import time
@@ -19,7 +20,7 @@ from pathlib import Path
 
 from .. import env
 from ..errors import ToolchainError
-from ..variants import FwdVariant
+from ..variants import Variant
 from . import cache, sources, toolchain
 from .artifact import Artifact, load, seal
 from .options import ARCH
@@ -28,41 +29,54 @@ from .report import parse
 PREBUILT = sources.PACKAGE / "_prebuilt"
 
 
-def find(variant: FwdVariant) -> Artifact | None:
+def find(variant: Variant) -> Artifact | None:
     """The compiled kernel, if there is one already: in the package, or in the user's cache."""
     if found := load(PREBUILT / variant.name, variant.name):
         return found
-    if env.no_jit or (root := env.kernel_cache()) is None:
+    if env.no_jit:
         return None
-    return load(root / ARCH / key(variant), variant.name)
+    try:
+        return load(cache.checked(_cache_folder(), env.home()) / key(variant), variant.name)
+    except (
+        OSError,
+        ToolchainError,
+    ):  # no cache, one that others can write to, or no compiler that could have filled it
+        return None
 
 
-def artifact(variant: FwdVariant) -> Artifact:
+def obtain(variant: Variant) -> Artifact:
     """The compiled kernel; seconds where it has to be compiled, and it is kept for later processes then.
 
     Raises:
         ToolchainError: there is no such kernel yet, and it cannot be compiled here.
     """
-    if found := load(PREBUILT / variant.name, variant.name):
-        return found
-    if env.no_jit:
-        raise ToolchainError(
-            f"flash_attn3: {variant.name} is not prebuilt, and FLASH_ATTN3_NO_JIT=1 forbids to compile"
-        )
-    if env.readonly_cache:
-        return find(variant) or _uncached(variant)
-    try:
-        folder = cache.private_folder(_cache_folder(), env.home())
-        made = cache.fetch(folder, key(variant), variant.name, functools.partial(build_into, variant))
-    except OSError as error:
-        _warn_uncached(str(error))
-        made = _uncached(variant)
+    return find(variant) or _compile(variant)
+
+
+def artifact(variant: Variant) -> Artifact:
+    """`obtain`, with a warning if the kernel will be slow."""
+    made = obtain(variant)
     if made.report.complaints:
         _warn_slow(variant.name, "; ".join(made.report.complaints))
     return made
 
 
-def key(variant: FwdVariant) -> str:
+def _compile(variant: Variant) -> Artifact:
+    if env.no_jit:
+        raise ToolchainError(
+            f"flash_attn3: {variant.name} is not prebuilt, and FLASH_ATTN3_NO_JIT=1 forbids to compile it"
+        )
+    if env.readonly_cache:
+        return _uncached(variant)
+    try:
+        folder = cache.private_folder(_cache_folder(), env.home())
+        return cache.fetch(folder, key(variant), variant.name, functools.partial(build_into, variant))
+    except OSError as error:
+        _warn_uncached(str(error))
+        return _uncached(variant)
+
+
+def key(variant: Variant) -> str:
     """Of everything that the cubin depends on."""
     if not re.fullmatch("[a-z0-9_]{1,128}", variant.name):
         raise ValueError(f"{variant.name!r} is no name of a kernel")
@@ -76,10 +90,11 @@ def key(variant: FwdVariant) -> str:
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
 
-def build_into(variant: FwdVariant, folder: Path) -> None:
+def build_into(variant: Variant, folder: Path) -> None:
     """Compile into an empty folder, which then holds an artefact."""
     source = folder / f"{variant.name}.cu"
     source.write_text(variant.stub())
+    os.utime(source, (0, 0))  # ptxas writes the time into the cubin, which should depend on contents alone
     start = time.perf_counter()
     log = toolchain.find().compile(source, sources.include_folders())
     seconds = time.perf_counter() - start
@@ -94,7 +109,7 @@ def _cache_folder() -> Path:
     return root / ARCH
 
 
-def _uncached(variant: FwdVariant) -> Artifact:
+def _uncached(variant: Variant) -> Artifact:
     """Compile for this process alone."""
     try:
         with tempfile.TemporaryDirectory(prefix="flash_attn3-") as scratch:

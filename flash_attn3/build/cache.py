@@ -27,13 +27,19 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 def private_folder(folder: Path, home: Path | None) -> Path:
-    """`folder`, created if it is missing, in which nobody else can plant a kernel.
+    """`checked`, after creating what is missing."""
+    for path in reversed((folder, *folder.parents)):
+        path.mkdir(mode=0o700, exist_ok=True)
+    return checked(folder, home)
+
+
+def checked(folder: Path, home: Path | None) -> Path:
+    """`folder`, in which nobody else can plant a kernel.
 
     Raises:
         PermissionError: it, or a folder above it up to `home`, can be changed by others.
+        FileNotFoundError: it does not exist.
     """
-    for path in reversed((folder, *folder.parents)):
-        path.mkdir(mode=0o700, exist_ok=True)
     for path in (folder, *folder.parents):
         info = path.lstat()
         if why_not := _exposed(info, own=path == folder):

@@ -33,7 +33,7 @@ class Nvcc:
         ptx, cubin = source.with_suffix(".ptx"), source.with_suffix(".cubin")
         search = [f"-I{folder}" for folder in includes]
         log = run([self.nvcc, *self.flags, *search, "-ptx", source, "-o", ptx], source.parent)
-        ptx.write_text(relative_paths(ptx.read_text(), includes))
+        ptx.write_text(relative_paths(ptx.read_text(), (source.parent, *includes)))
         return log + run([self.ptxas, *self.ptxas_flags, ptx, "-o", cubin], source.parent)
 
 
@@ -50,6 +50,7 @@ def run(command: Sequence[str | Path], folder: Path) -> str:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            errors="replace",
             timeout=TIMEOUT,
         )
     except (OSError, subprocess.TimeoutExpired) as error:

@@ -48,7 +48,8 @@ class Program:
         self.library, self.source, self.handle = library, source, c_void_p()
 
     def __enter__(self) -> Program:
-        text, name = self.source.read_bytes(), self.source.name.encode()
+        text = self.source.read_bytes()
+        name = f"/{self.source.name}".encode()  # not relative: the working folder would be written into the cubin
         self.call("nvrtcCreateProgram", byref(self.handle), text, name, 0, None, None)
         return self
 
