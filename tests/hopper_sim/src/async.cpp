@@ -118,6 +118,32 @@ bool waits_before_writing(const Config& config, const AsyncOperation& op) {
     return !op.is_load() && config.late == Late::writes;
 }
 
+// Enters the accesses of an operation as if they happened at once; whoever depends on their end
+// has to have seen it.
+void enter_shadow(const AsyncOperation& op) {
+    Shadow* shadow = op.cta->shadow.get();
+    if (!shadow) return;
+    Warp& w = *op.warp;
+    Touch as = w.access(*op.at, static_cast<u8>(op.lane));
+    u32 first = op.smem / kPieceBytes, last = (op.smem + op.bytes - 1) / kPieceBytes;
+    if (op.kind == AsyncOperation::cp_async) {
+        as.agent = w.copy_agent;
+        as.epoch = w.async(op.lane).commits + 1;
+        shadow->copy_write(w, *op.at, first, as);
+    } else if (op.is_load()) {
+        Mbarrier& barrier = op.cta->mbarriers.at(op.mbarrier);
+        check_init(w, *op.at, barrier, op.mbarrier, true);
+        as.agent = barrier.agent;
+        as.epoch = barrier.loaded = barrier.phase + 1;
+        for (u32 piece = first; piece <= last; ++piece) shadow->async_write(w, *op.at, piece, as);
+    } else {
+        LaneGroups& groups = w.bulk(op.lane);
+        as.agent = groups.agent;
+        as.epoch = groups.commits + 1;
+        for (u32 piece = first; piece <= last; ++piece) shadow->async_read(w, *op.at, piece, as);
+    }
+}
+
 }  // namespace
 
 void issue(Cluster& cluster, AsyncOperation op) {
@@ -127,6 +153,7 @@ void issue(Cluster& cluster, AsyncOperation op) {
     (op.is_load() ? grid.report->statistics.tma_bytes_in : grid.report->statistics.tma_bytes_out) +=
         op.bytes;
     if (op.group) ++op.group->unread, ++op.group->unwritten, ++op.group->operations;
+    enter_shadow(op);
     if (waits_at_issue(grid.config, op)) {
         if (op.is_load()) poison_destination(op);
         cluster.in_flight.push_back(std::move(op));

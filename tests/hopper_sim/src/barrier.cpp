@@ -19,6 +19,9 @@ u32 needed(const Cta& cta, const NamedBarrier& barrier) {
 void complete_if_due(Cta& cta, NamedBarrier& barrier) {
     if (barrier.arrived == 0 || barrier.arrived < needed(cta, barrier)) return;
     barrier.arrived = 0;
+    barrier.warps = 0;
+    barrier.released = std::move(barrier.arriving);
+    barrier.arriving = Order();
     ++barrier.generation;
 }
 
@@ -36,6 +39,11 @@ void arrive(Warp& w, const Instruction& i, u32 lane, u32 id, NamedBarrier& barri
     barrier.arrived += kWarpSize;
     if (barrier.arrived > count)
         hazard(w, i, "named-barrier", format("more than %u arrivals at barrier %u", count, id));
+    if (barrier.warps >> w.id & 1)
+        hazard(w, i, "named-barrier",
+               format("warp %u arrives twice at barrier %u before it completes", w.id, id));
+    barrier.warps |= 1u << w.id;
+    w.release(barrier.arriving);
 }
 
 Step barrier_sync(Warp& w, const Instruction& i, u32 mask) {
@@ -53,6 +61,7 @@ Step barrier_sync(Warp& w, const Instruction& i, u32 mask) {
     bool arrives_only = i.variant;
     if (!arrives_only && barrier.generation == w.barrier_generation)
         return w.wait_for(Wait::named_barrier, id);
+    if (!arrives_only) w.order.join(barrier.released);
     w.at_named_barrier = false;
     return Step::next;
 }
@@ -66,6 +75,8 @@ u32 live_warps(const Cluster& cluster) {
 void complete_if_due(Cluster& cluster) {
     if (cluster.arrived == 0 || cluster.arrived < live_warps(cluster)) return;
     cluster.arrived = 0;
+    cluster.released = std::move(cluster.arriving);
+    cluster.arriving = Order();
     ++cluster.generation;
 }
 
@@ -74,6 +85,8 @@ Step cluster_arrive(Warp& w, const Instruction& i, u32) {
     if (w.at_cluster_barrier) hazard(w, i, "cluster-barrier", "a second arrival without a wait");
     w.at_cluster_barrier = true;
     w.cluster_generation = cluster.generation;
+    bool relaxed = i.option;
+    if (!relaxed) w.release(cluster.arriving);
     ++cluster.arrived;
     complete_if_due(cluster);
     return Step::next;
@@ -84,7 +97,13 @@ Step cluster_wait(Warp& w, const Instruction& i, u32) {
     if (!w.at_cluster_barrier) fail(kLaunchFailed, w, i, "barrier.cluster.wait without an arrival");
     complete_if_due(cluster);
     if (cluster.generation == w.cluster_generation) return w.wait_for(Wait::cluster_barrier);
+    w.order.join(cluster.released);
     w.at_cluster_barrier = false;
+    return Step::next;
+}
+
+Step fence(Warp& w, const Instruction& i, u32 mask) {
+    w.fence(mask, i.option);
     return Step::next;
 }
 
@@ -143,14 +162,17 @@ void decode_fence(Decode& d) {
         std::string_view proxy =
             d.modifiers.take_any({"async", "async::generic", "tensormap::generic", "alias"});
         if (proxy != "async") throw Error(kNotSupported, "fence.proxy of this kind");
-        d.modifiers.take_any({"shared::cta", "shared::cluster", "global"});
-        d.i.run = nothing;
+        std::string_view space = d.modifiers.take_any({"shared::cta", "shared::cluster", "global"});
+        d.i.option = space == "global" ? kFenceGlobalProxy
+                     : space.empty()   ? kFenceSharedProxy | kFenceGlobalProxy
+                                       : kFenceSharedProxy;
+        d.i.run = fence;
         return;
     }
-    d.modifiers.take("mbarrier_init");
+    if (d.modifiers.take("mbarrier_init")) d.i.option = kFenceMbarrierInit;
     d.modifiers.take_any({"sc", "acq_rel", "acquire", "release"});
     d.modifiers.take_any({"cta", "cluster", "gpu", "gl", "sys"});
-    d.i.run = nothing;
+    d.i.run = fence;
 }
 
 // Instructions that only advise.

@@ -155,6 +155,14 @@ Step commit(Warp& w, const Instruction&, u32 mask) {
     return Step::next;
 }
 
+// The last group of cp.async that every lane of the mask has waited for.
+u32 copies_seen(Warp& w, u32 mask) {
+    u32 seen = ~0u;
+    for (; mask; mask &= mask - 1)
+        seen = std::min(seen, w.async(static_cast<u32>(__builtin_ctz(mask))).seen_written);
+    return seen;
+}
+
 template <bool Bulk>
 Step wait_groups(Warp& w, const Instruction& i, u32 mask) {
     for (u32 rest = mask; rest; rest &= rest - 1) {
@@ -165,10 +173,15 @@ Step wait_groups(Warp& w, const Instruction& i, u32 mask) {
         if (pending > static_cast<u64>(i.immediate))
             return w.wait_for(Bulk ? Wait::bulk_group : Wait::async_group,
                               static_cast<u32>(i.immediate), pending);
+        u32 seen = groups.commits - std::min(groups.commits, static_cast<u32>(i.immediate));
+        groups.seen_read = std::max(groups.seen_read, seen);
+        if (i.variant == kWritten) groups.seen_written = std::max(groups.seen_written, seen);
+        if (Bulk) w.order.seen.raise(groups.agent, seen);
         if (i.variant == kWritten)
             while (groups.committed.size() > static_cast<size_t>(i.immediate))
                 groups.committed.pop_front();
     }
+    if (!Bulk) w.order.seen.raise(w.copy_agent, copies_seen(w, mask));
     return Step::next;
 }
 
@@ -289,10 +302,14 @@ std::shared_ptr<Group> LaneGroups::current() {
 void LaneGroups::commit() {
     committed.push_back(current());
     open.reset();
+    ++commits;
 }
 
 LaneGroups& Warp::bulk(u32 lane) {
-    if (bulk_groups.empty()) bulk_groups.resize(kWarpSize);
+    if (bulk_groups.empty()) {
+        bulk_groups.resize(kWarpSize);
+        for (LaneGroups& groups : bulk_groups) groups.agent = cta->cluster->agents.add(this);
+    }
     return bulk_groups[lane];
 }
 

@@ -109,6 +109,12 @@ void start_warp(Cta& cta, u32 id, u8* registers) {
     w.registers = registers;
     u32 lanes = std::min(kWarpSize, cta.threads() - id * kWarpSize);
     w.alive = lanes == kWarpSize ? kAllLanes : (1u << lanes) - 1;
+    w.lanes = w.alive;
+    Agents& agents = cta.cluster->agents;
+    w.agent = agents.add(&w);
+    w.copy_agent = agents.add(&w);
+    w.wgmma_agent = id % 4 == 0 ? agents.add(&w) : cta.warps[id / 4 * 4].wgmma_agent;
+    w.next_epoch();
     w.splits.push_back({0, w.alive, false, {}});
     w.register_count = launch_registers(kernel, cta.threads());
     std::memcpy(registers, kernel.register_image.data(), kernel.register_image.size());
@@ -136,6 +142,8 @@ std::unique_ptr<Cta> start_cta(Cluster& cluster, const u32 (&index)[3]) {
     cta->smem_end = kernel.dynamic_offset + cluster.grid->shape.dynamic_smem;
     cta->smem.reset(new u8[cta->smem_end + kPieceBytes]);
     std::memset(cta->smem.get(), 0xff, cta->smem_end + kPieceBytes);
+    const Config& config = cluster.grid->config;
+    if (config.check) cta->shadow = std::make_unique<Shadow>(*cta, cta->smem_end, config.races);
     u32 warps = (cta->threads() + kWarpSize - 1) / kWarpSize;
     cta->live_warps = warps;
     cta->warps.resize(warps);

@@ -6,12 +6,15 @@
 #include <memory>
 #include <random>
 #include <unordered_map>
+#include <unordered_set>
 #include <vector>
 
 #include "async.h"
 #include "config.h"
+#include "order.h"
 #include "program.h"
 #include "report.h"
+#include "shadow.h"
 
 namespace hopper_sim {
 
@@ -48,6 +51,8 @@ struct Split {
 struct LaneGroups {
     std::shared_ptr<Group> open;
     std::deque<std::shared_ptr<Group>> committed;
+    Agent agent = 0;
+    u32 commits = 0, seen_read = 0, seen_written = 0;  // groups, counted from the first
     std::shared_ptr<Group> current();
     void commit();
 };
@@ -76,6 +81,22 @@ struct Warp {
     u64 wgmma_issued = 0, wgmma_groups = 0;
     u64 instructions = 0;
 
+    Order order;
+    Agent agent = 0, copy_agent = 0, wgmma_agent = 0;
+    u32 lanes = 0;  // at launch
+    std::vector<Fence> fences;
+    std::unordered_set<const Instruction*> tried;  // mbarrier tries, under first_try_fails
+
+    bool has_seen(const Touch& touch) const { return order.seen[touch.agent] >= touch.epoch; }
+    Touch access(const Instruction& i, u8 lane) const;
+    // Accesses after this are apart from those before it.
+    void next_epoch() { order.seen.raise(agent, order.seen[agent] + 1); }
+    void release(Order& to) {
+        to.join(order);
+        next_epoch();
+    }
+    void fence(u32 mask, u8 kinds);
+
     template <class T>
     T* reg(u32 slot) {
         return reinterpret_cast<T*>(registers + slot);
@@ -98,14 +119,23 @@ struct Mbarrier {
     u32 expected = 0;
     s64 pending = 0, transactions = 0;
     u32 phase = 0;
+    Touch init;
+    Agent agent = 0;
+    u32 loaded = 0, observed = 0;  // phases: the last one with a load, the last one waited for
+    Order arriving, released;
     void complete_if_due() {
-        if (pending == 0 && transactions == 0) ++phase, pending = expected;
+        if (pending != 0 || transactions != 0) return;
+        ++phase, pending = expected;
+        released.join(arriving);
+        arriving = Order();
     }
 };
 
 struct NamedBarrier {
     u32 arrived = 0, expected = 0, generation = 0;
     bool whole_block = false;
+    u32 warps = 0;  // that arrived in this generation, a bit each
+    Order arriving, released;
 };
 
 // B of one wgmma, converted to float once for the four warps of a warpgroup.
@@ -116,12 +146,26 @@ struct SharedOperand {
     std::vector<u32> pieces;
 };
 
+// The components of a cluster's clocks, and the warp behind each.
+struct Agents {
+    struct Entry {
+        Warp* warp;
+    };
+    std::vector<Entry> entries;
+    Agent add(Warp* warp) {
+        entries.push_back({warp});
+        return static_cast<Agent>(entries.size() - 1);
+    }
+    const Entry& operator[](Agent agent) const { return entries[agent]; }
+};
+
 struct Cta {
     Cluster* cluster = nullptr;
     u32 rank = 0;
     u32 index[3] = {};
     u32 smem_end = 0;
     std::unique_ptr<u8[]> smem;
+    std::unique_ptr<Shadow> shadow;  // null without check
     std::unique_ptr<u8[]> register_storage, local_storage;
     std::unordered_map<u32, Mbarrier> mbarriers;  // by offset
     NamedBarrier named_barriers[16];
@@ -140,7 +184,11 @@ struct Cluster {
     std::vector<std::unique_ptr<Cta>> ctas;
     std::vector<AsyncOperation> in_flight;
     u32 arrived = 0, generation = 0;  // barrier.cluster
+    Order arriving, released;
+    Agents agents;
     bool done() const;
+    // Whether a generic access is visible to the async proxy, for a warp that has seen it.
+    bool proxied(const Warp& w, const Touch& access, u8 kinds) const;
 };
 
 struct NamedRange {

@@ -19,6 +19,19 @@ Mbarrier& mbarrier_at(Warp& w, const Instruction& i, u64 address) {
     return found->second;
 }
 
+void check_init(Warp& w, const Instruction& i, const Mbarrier& barrier, u32 offset, bool fenced) {
+    const Cluster& cluster = *w.cta->cluster;
+    const Touch& init = barrier.init;
+    const char* lack = nullptr;
+    if (!w.has_seen(init))
+        lack = "is used with no barrier since its initialisation";
+    else if (fenced && !cluster.proxied(w, init, kFenceMbarrierInit | kFenceSharedProxy))
+        lack = "is used by another block or the async proxy with no fence.mbarrier_init";
+    if (lack)
+        hazard(w, i, "mbarrier-init", "the mbarrier at " + w.cta->name_of(offset) + " " + lack,
+               cluster.agents[init.agent].warp, &w.cta->grid().kernel->code[init.code]);
+}
+
 void complete_transaction(Cta& cta, u32 offset, u32 bytes) {
     auto found = cta.mbarriers.find(offset);
     if (found == cta.mbarriers.end())
@@ -49,8 +62,15 @@ Step init(Warp& w, const Instruction& i, u32 mask) {
             hazard(w, i, "mbarrier",
                    format("the mbarrier at shared 0x%x is live already", at.offset));
         entry->second = Mbarrier();
+        entry->second.agent = w.cta->cluster->agents.add(&w);
+        entry->second.init = w.access(i, static_cast<u8>(lane));
         entry->second.expected = count;
         entry->second.pending = count;
+        if (Shadow* shadow = at.cta->shadow.get()) {
+            shadow->set_mbarrier(at.offset, false);
+            shadow->write(w, i, at.offset, 8, static_cast<u8>(lane), false);
+            shadow->set_mbarrier(at.offset, true);
+        }
     });
     return Step::next;
 }
@@ -61,6 +81,7 @@ Step invalidate(Warp& w, const Instruction& i, u32 mask) {
         if (!at.cta->mbarriers.erase(at.offset))
             fail(kLaunchFailed, w, i,
                  format("no mbarrier was initialised at shared 0x%x", at.offset));
+        if (at.cta->shadow) at.cta->shadow->set_mbarrier(at.offset, false);
     });
     return Step::next;
 }
@@ -79,11 +100,14 @@ Step arrive(Warp& w, const Instruction& i, u32 mask) {
     each_set_lane(mask, [&](u32 lane) {
         u64 address = lane_address(w, i, lane);
         Mbarrier& barrier = mbarrier_at(w, i, address);
+        u64 place = shared_address(i, address);
+        check_init(w, i, barrier, place & kOffsetMask, place >> kRankShift != w.cta->rank);
         if (i.has_dst) w.reg<u64>(i.dst)[lane] = barrier.phase;
         u32 operand = i.option ? w.reg<u32>(i.a)[lane] : 1;
         if (i.variant == kArriveExpect || i.variant == kExpectOnly) expect(w, i, barrier, operand);
         if (i.variant == kComplete) expect(w, i, barrier, -static_cast<s64>(operand));
         if (i.variant == kArrive || i.variant == kArriveExpect) {
+            w.release(barrier.arriving);
             barrier.pending -= i.variant == kArrive ? operand : 1;
             if (barrier.pending < 0) {
                 hazard(w, i, "mbarrier",
@@ -99,15 +123,32 @@ Step arrive(Warp& w, const Instruction& i, u32 mask) {
 
 enum WaitKind : u8 { kTest, kTry };
 
+// The policy that makes a warp's first try at each place fail, though it need not.
+bool refuses_first_try(Warp& w, const Instruction& i) {
+    return w.cta->grid().config.first_try_fails && w.tried.insert(&i).second;
+}
+
 Step wait(Warp& w, const Instruction& i, u32 mask) {
     u32 passed = 0;
+    bool refuse = refuses_first_try(w, i);
     each_set_lane(mask, [&](u32 lane) {
-        Mbarrier& barrier = mbarrier_at(w, i, lane_address(w, i, lane));
+        u64 address = lane_address(w, i, lane);
+        Mbarrier& barrier = mbarrier_at(w, i, address);
+        check_init(w, i, barrier, shared_address(i, address) & kOffsetMask, false);
         bool by_parity = i.option;
         bool over = by_parity ? (barrier.phase & 1) != (w.reg<u32>(i.a)[lane] & 1)
                               : barrier.phase != w.reg<u64>(i.a)[lane];
+        if (refuse && w.order.seen[barrier.agent] < barrier.phase) over = false;
         passed |= static_cast<u32>(over) << lane;
+        if (!over) return;
+        barrier.observed = barrier.phase;
+        w.order.join(barrier.released);
+        w.order.seen.raise(barrier.agent, barrier.phase);
     });
+    if (refuse && !passed) {
+        w.set_predicate(i.dst, 0, mask);
+        return Step::next;
+    }
     if (i.variant == kTry && !passed) {
         u32 lane = static_cast<u32>(__builtin_ctz(mask));
         u32 parity = i.option ? w.reg<u32>(i.a)[lane] : static_cast<u32>(w.reg<u64>(i.a)[lane]);

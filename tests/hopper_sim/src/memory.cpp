@@ -48,6 +48,25 @@ static u8* local_place(Warp& w, const Instruction& i, u64 offset, u32 bytes, u32
     return w.cta->local_storage.get() + static_cast<u64>(w.id * kWarpSize + lane) * size + offset;
 }
 
+// Writes are entered by whoever knows the value: note_write.
+static void note(Shadow& shadow, Warp& w, const Instruction& i, u32 offset, u32 bytes, u32 lane,
+                 Access access) {
+    bool together = i.flow == Flow::aligned, orders = i.ordered || access == Access::atomic;
+    if (orders)
+        shadow.synchronise(w, i, offset, access != Access::write, access != Access::read);
+    else if (access == Access::read)
+        shadow.read(w, i, offset, bytes, together ? kSeveralLanes : static_cast<u8>(lane));
+    else if (together)
+        shadow.write(w, i, offset, bytes, kSeveralLanes, false);
+}
+
+void note_write(Warp& w, const Instruction& i, u64 address, u32 bytes, u32 lane, bool harmless) {
+    if (i.space == Space::generic && address >> 44 != kGenericShared >> 44) return;
+    SharedPlace at = shared_place(w, i, address & ~kGenericShared, bytes);
+    if (at.cta->shadow && !i.ordered)
+        at.cta->shadow->write(w, i, at.offset, bytes, static_cast<u8>(lane), harmless);
+}
+
 u8* locate(Warp& w, const Instruction& i, u64 address, u32 bytes, u32 lane, Access access) {
     Space space = i.space;
     if (space == Space::generic) {
@@ -60,7 +79,7 @@ u8* locate(Warp& w, const Instruction& i, u64 address, u32 bytes, u32 lane, Acce
     }
     if (space == Space::shared) {
         SharedPlace at = shared_place(w, i, address, bytes);
-        (void)access;
+        if (at.cta->shadow) note(*at.cta->shadow, w, i, at.offset, bytes, lane, access);
         return at.cta->smem.get() + at.offset;
     }
     if (address % bytes)
@@ -101,8 +120,13 @@ Step store(Warp& w, const Instruction& i, u32 mask) {
     for (; mask; mask &= mask - 1) {
         u32 lane = static_cast<u32>(__builtin_ctz(mask));
         u8* to = locate(w, i, lane_address(w, i, lane), i.bytes * count, lane, Access::write);
-        for (u32 n = 0; n < count; ++n, to += i.bytes)
+        bool harmless = true;
+        for (u32 n = 0; n < count; ++n, to += i.bytes) {
+            harmless &= std::memcmp(to, &w.reg<Register>(i.data[n])[lane], i.bytes) == 0;
             std::memcpy(to, &w.reg<Register>(i.data[n])[lane], i.bytes);
+        }
+        if (i.space == Space::shared || i.space == Space::generic)
+            note_write(w, i, lane_address(w, i, lane), i.bytes * count, lane, harmless);
     }
     return Step::next;
 }
@@ -156,11 +180,8 @@ Step access_matrices(Warp& w, const Instruction& i, u32) {
 
 // Cache and ordering modifiers that have no meaning here, apart from those of the memory model.
 void take_memory_hints(Decode& d) {
+    d.i.ordered = !d.modifiers.take_any({"relaxed", "acquire", "release", "volatile"}).empty();
     for (const char* hint : {"weak",
-                             "relaxed",
-                             "acquire",
-                             "release",
-                             "volatile",
                              "cta",
                              "cluster",
                              "gpu",

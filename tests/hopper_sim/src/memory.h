@@ -24,6 +24,9 @@ SharedPlace shared_place(Warp& w, const Instruction& i, u64 address, u32 bytes);
 // Host memory of one access of a lane.
 u8* locate(Warp& w, const Instruction& i, u64 address, u32 bytes, u32 lane, Access access);
 
+// Enters a store of a lane into the shadow of shared memory; `harmless`: the value was there.
+void note_write(Warp& w, const Instruction& i, u64 address, u32 bytes, u32 lane, bool harmless);
+
 // Host memory of a global range; throws if any byte of it is outside every allocation.
 u8* global_range(Warp& w, const Instruction& i, u64 address, u64 bytes);
 

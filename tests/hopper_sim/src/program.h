@@ -43,7 +43,7 @@ struct Instruction {
     // `register_bytes`.
     Space space = Space::generic;
     u8 bytes = 0, register_bytes = 0, base_bytes = 0;
-    bool is_signed = false, has_dst = false;
+    bool is_signed = false, has_dst = false, ordered = false;
     u8 variant = 0, option = 0;  // meaning belongs to the handler
     u32 base = 0;
     s64 offset = 0, immediate = 0;

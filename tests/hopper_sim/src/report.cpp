@@ -49,6 +49,12 @@ std::string json_hazard(const Hazard& h) {
                   h.count);
 }
 
+std::string json_hazards(const std::vector<Hazard>& hazards) {
+    std::string list;
+    for (const Hazard& h : hazards) list += (list.empty() ? "" : ", ") + json_hazard(h);
+    return "[" + list + "]";
+}
+
 }  // namespace
 
 std::string json_string(const std::string& text) {
@@ -73,28 +79,35 @@ std::string place(const Warp& warp, const Instruction& i) {
            one_line(i.text) + (source.empty() ? "" : "  " + source);
 }
 
-void hazard(Warp& warp, const Instruction& i, const char* kind, const std::string& message,
-            const Warp* other_warp, const Instruction* other) {
-    Grid& grid = warp.cta->grid();
-    if (!grid.config.check) return;
+static void record(std::vector<Hazard>& list, Warp& warp, const Instruction& i, const char* kind,
+                   const std::string& message, const Warp* other_warp, const Instruction* other) {
+    if (!warp.cta->grid().config.check) return;
     u32 other_line = other ? other->line : 0;
-    auto& hazards = grid.report->hazards;
-    for (Hazard& h : hazards)
+    for (Hazard& h : list)
         if (h.kind == kind && h.line == i.line && h.other_line == other_line) {
             ++h.count;
             return;
         }
-    if (hazards.size() >= kMaxHazards) return;
-    hazards.push_back({kind, message, place(warp, i), other ? place(*other_warp, *other) : "",
-                       i.line, other_line, 1});
+    if (list.size() >= kMaxHazards) return;
+    std::string by = other && other_warp ? place(*other_warp, *other) : "";
+    list.push_back({kind, message, place(warp, i), by, i.line, other_line, 1});
+}
+
+void hazard(Warp& warp, const Instruction& i, const char* kind, const std::string& message,
+            const Warp* other_warp, const Instruction* other) {
+    record(warp.cta->grid().report->hazards, warp, i, kind, message, other_warp, other);
+}
+
+void warning(Warp& warp, const Instruction& i, const char* kind, const std::string& message,
+             const Warp* other_warp, const Instruction* other) {
+    record(warp.cta->grid().report->warnings, warp, i, kind, message, other_warp, other);
 }
 
 std::string LaunchReport::json() const {
-    std::string list;
-    for (const Hazard& h : hazards) list += (list.empty() ? "" : ", ") + json_hazard(h);
     return "{\"kernel\": " + json_string(kernel) + ", \"config\": " + json_string(config) +
            format(", \"result\": %d, \"error\": ", result) + json_string(error) +
-           ", \"hazards\": [" + list + "], \"statistics\": " + json_statistics(statistics) + "}";
+           ", \"hazards\": " + json_hazards(hazards) + ", \"warnings\": " + json_hazards(warnings) +
+           ", \"statistics\": " + json_statistics(statistics) + "}";
 }
 
 }  // namespace hopper_sim

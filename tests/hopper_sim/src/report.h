@@ -38,7 +38,7 @@ struct LaunchReport {
     std::string kernel, config;
     int result = 0;
     std::string error;  // of a launch that did not end
-    std::vector<Hazard> hazards;
+    std::vector<Hazard> hazards, warnings;
     Statistics statistics;
 
     std::string json() const;
@@ -50,6 +50,9 @@ std::string place(const Warp& warp, const Instruction& i);
 // Records a hazard at an instruction; equal ones (kind, lines) are counted.
 void hazard(Warp& warp, const Instruction& i, const char* kind, const std::string& message,
             const Warp* other_warp = nullptr, const Instruction* other = nullptr);
+// The same for what is suspicious but may be meant: it does not fail the launch.
+void warning(Warp& warp, const Instruction& i, const char* kind, const std::string& message,
+             const Warp* other_warp = nullptr, const Instruction* other = nullptr);
 
 std::string json_string(const std::string& text);
 

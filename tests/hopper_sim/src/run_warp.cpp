@@ -108,6 +108,7 @@ class Runner {
             w_.wait_for(Wait::lanes, missing);
             return Outcome::blocked;
         }
+        w_.next_epoch();  // orders the lanes
         return plain(i, mask);
     }
 

@@ -140,6 +140,19 @@ SharedOperand& shared_b(Warp& w, const Instruction& i, const Shape& shape, u64 b
     return operand;
 }
 
+// Reads of A belong to this warp, those of B to the warpgroup.
+void check_operands(Warp& w, const Instruction& i, const std::vector<u32>& a,
+                    const SharedOperand& b) {
+    Shadow* shadow = w.cta->shadow.get();
+    if (!shadow) return;
+    Touch as = w.access(i, kSeveralLanes);
+    as.agent = w.wgmma_agent;
+    as.epoch = static_cast<u32>(w.wgmma_groups) + 1;
+    for (u32 piece : a) shadow->async_read(w, i, piece, as);
+    if (b.users > 1) return shadow->check_loads(w, i, b.pieces);
+    for (u32 piece : b.pieces) shadow->async_read(w, i, piece, as);
+}
+
 // What Hopper is reported to do to fp8 accumulators: cut to a few fraction bits after each k = 32.
 void cut_accumulators(float* const* d, size_t count, u32 bits) {
     u32 keep = ~((1u << (23 - bits)) - 1);
@@ -171,6 +184,7 @@ Step multiply(Warp& w, const Instruction& i, u32 mask) {
             for (u32 lane = 0; lane < kWarpSize; ++lane)
                 a[k][half][lane] = sign * rows[k][lane / 4 + 8 * half];
     SharedOperand& b = shared_b(w, i, shape, w.reg<u64>(i.b)[0]);
+    check_operands(w, i, operation.pieces, b);
     std::vector<float*> d(i.data.size());
     for (size_t r = 0; r < d.size(); ++r) d[r] = w.reg<float>(i.data[r]);
     multiply_accumulate(d.data(), a, b.values.data(), shape.n, shape.k, w.predicate(i.c) & 1);
@@ -205,6 +219,7 @@ Step wait_group(Warp& w, const Instruction& i, u32) {
             return w.wait_for(Wait::wgmma_group, static_cast<u32>(i.immediate), n);
     }
     while (static_cast<s64>(w.wgmma_committed.size()) > i.immediate) w.wgmma_committed.pop_front();
+    if (target > 0) w.order.seen.raise(w.wgmma_agent, static_cast<u32>(target));
     return Step::next;
 }
 
