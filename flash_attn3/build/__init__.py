@@ -22,7 +22,7 @@ from .. import env
 from ..errors import ToolchainError
 from ..variants import Variant
 from . import cache, sources, toolchain
-from .artifact import Artifact, load, seal
+from .manifest import Artifact, load, seal
 from .options import ARCH
 from .report import parse
 
@@ -109,19 +109,24 @@ def _cache_folder() -> Path:
     return root / ARCH
 
 
+def compile_in(folder: Path, variant: Variant) -> Artifact:
+    """`build_into`, and what it made."""
+    build_into(variant, folder)
+    made = load(folder, variant.name)
+    if made is None:
+        raise ToolchainError(f"flash_attn3: {variant.name} was changed in {folder} while it was built")
+    return made
+
+
 def _uncached(variant: Variant) -> Artifact:
     """Compile for this process alone."""
     try:
         with tempfile.TemporaryDirectory(prefix="flash_attn3-") as scratch:
-            build_into(variant, Path(scratch))
-            made = load(Path(scratch), variant.name)
+            return compile_in(Path(scratch), variant)
     except OSError as error:
         raise ToolchainError(
             f"flash_attn3: {variant.name} cannot be compiled in a temporary folder: {error}"
         ) from error
-    if made is None:
-        raise ToolchainError(f"flash_attn3: {variant.name} was changed while it was built")
-    return made
 
 
 @functools.cache

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from ..errors import ToolchainError
 from ..variants import Variant
-from . import build_into
-from .artifact import Artifact, load
+from . import compile_in
+from .manifest import Artifact
 
 COLUMNS = ("seconds", "registers", "spills", "stack")
 
@@ -55,7 +55,7 @@ def prebuild(variants: Sequence[Variant], root: Path, jobs: int) -> Mapping[Vari
     """
     shutil.rmtree(root, ignore_errors=True)
     made = {}
-    for variant, result in compile_all(variants, jobs, functools.partial(_prebuilt, root)):
+    for variant, result in compile_all(variants, jobs, functools.partial(_compile_below, root)):
         if isinstance(result, ToolchainError):
             raise result
         if result.report.complaints:
@@ -64,14 +64,10 @@ def prebuild(variants: Sequence[Variant], root: Path, jobs: int) -> Mapping[Vari
     return made
 
 
-def _prebuilt(root: Path, variant: Variant) -> Artifact:
+def _compile_below(root: Path, variant: Variant) -> Artifact:
     folder = root / variant.name
     folder.mkdir(parents=True)
-    build_into(variant, folder)
-    made = load(folder, variant.name)
-    if made is None:
-        raise ToolchainError(f"flash_attn3: {variant.name} was changed in {folder} while it was built")
-    return made
+    return compile_in(folder, variant)
 
 
 def table(made: Mapping[Variant, Artifact]) -> str:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ..errors import ToolchainError
-from .artifact import Artifact, load
+from .manifest import Artifact, load
 
 MIN_FREE = 2**24  # bytes; with less, a failing compiler is taken to have failed for lack of space
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)

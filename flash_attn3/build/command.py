@@ -10,7 +10,7 @@ import sys
 from .. import variants
 from ..errors import ToolchainError
 from . import batch, find, obtain, toolchain
-from .artifact import Artifact
+from .manifest import Artifact
 
 PURPOSE = "compile Hopper kernels into the user's cache, and show what the compiler says of them"
 EPILOG = "Exit code 0: all is well, 1: a kernel does not compile or fails --check, 2: unknown kernel or no compiler."

@@ -13,7 +13,7 @@ from toy import SourceVariant, ToyVariant
 
 from flash_attn3 import build
 from flash_attn3.build import nvcc, nvrtc, report, sources, toolchain
-from flash_attn3.build.artifact import load
+from flash_attn3.build.manifest import load
 from flash_attn3.errors import ToolchainError
 
 WGMMA = """
