@@ -25,6 +25,30 @@ inline float flush(float x) {
     return bits_as<float>((u & 0x7f800000) ? u : u & 0x80000000);
 }
 
+constexpr u32 kCanonicalNan = 0x7fffffff;
+
+inline float minimum(float a, float b) {
+    if (a != a && b != b) return bits_as<float>(kCanonicalNan);
+    if (a != a) return b;
+    if (b != b) return a;
+    if (a == b) return bits_as<float>(bits_as<u32>(a) | bits_as<u32>(b));  // -0 is below +0
+    return a < b ? a : b;
+}
+
+inline float maximum(float a, float b) {
+    if (a != a && b != b) return bits_as<float>(kCanonicalNan);
+    if (a != a) return b;
+    if (b != b) return a;
+    if (a == b) return bits_as<float>(bits_as<u32>(a) & bits_as<u32>(b));
+    return a > b ? a : b;
+}
+
+// .NaN: the canonical NaN if either operand is one.
+template <auto F>
+float nan_of_either(float a, float b) {
+    return a != a || b != b ? bits_as<float>(kCanonicalNan) : F(a, b);
+}
+
 template <class D, class A, auto F>
 Step unary(Warp& w, const Instruction& i, u32 mask) {
     D* d = w.reg<D>(i.dst);
@@ -97,7 +121,7 @@ class AluTable {
 void add_integer_opcodes(AluTable& table);
 void add_bit_opcodes(AluTable& table);
 void add_float_opcodes(AluTable& table);
-void add_packed_opcodes(AluTable& table);
+void add_half_opcodes(AluTable& table);
 void add_conversions(AluTable& table);
 
 }  // namespace hopper_sim

@@ -6,24 +6,6 @@ namespace hopper_sim {
 
 namespace {
 
-constexpr u32 kCanonicalNan = 0x7fffffff;
-
-inline float minimum(float a, float b) {
-    if (a != a && b != b) return bits_as<float>(kCanonicalNan);
-    if (a != a) return b;
-    if (b != b) return a;
-    if (a == b) return bits_as<float>(bits_as<u32>(a) | bits_as<u32>(b));  // -0 is below +0
-    return a < b ? a : b;
-}
-
-inline float maximum(float a, float b) {
-    if (a != a && b != b) return bits_as<float>(kCanonicalNan);
-    if (a != a) return b;
-    if (b != b) return a;
-    if (a == b) return bits_as<float>(bits_as<u32>(a) & bits_as<u32>(b));
-    return a > b ? a : b;
-}
-
 inline float saturate(float x) { return x > 0 ? (x < 1 ? x : 1.0f) : 0.0f; }
 
 // An opcode in its plain, .ftz, .sat and .ftz.sat forms: "head[.ftz][.sat].f32".
@@ -49,6 +31,14 @@ void two_float_sat(AluTable& t, const std::string& head) {
     }>(head + ".ftz.sat.f32");
 }
 
+template <auto F>
+void add_nan_forms(AluTable& t, const std::string& head) {
+    t.two<float, float, float, nan_of_either<F>>(head + ".NaN.f32");
+    t.two<float, float, float, [](float a, float b) {
+        return flush(nan_of_either<F>(flush(a), flush(b)));
+    }>(head + ".ftz.NaN.f32");
+}
+
 void add_single(AluTable& t) {
     static constexpr auto sum = [](float a, float b) { return a + b; };
     static constexpr auto difference = [](float a, float b) { return a - b; };
@@ -66,6 +56,8 @@ void add_single(AluTable& t) {
         two_float<quotient>(t, std::string("div") + kind);
     two_float<minimum>(t, "min");
     two_float<maximum>(t, "max");
+    add_nan_forms<minimum>(t, "min");
+    add_nan_forms<maximum>(t, "max");
     static constexpr auto fused = [](float a, float b, float c) { return __builtin_fmaf(a, b, c); };
     static constexpr auto fused_flushed = [](float a, float b, float c) {
         return flush(__builtin_fmaf(flush(a), flush(b), flush(c)));
@@ -116,78 +108,12 @@ void add_double(AluTable& t) {
     t.one<double, double, [](double a) { return -a; }>("neg.f64");
 }
 
-// Two 16-bit floats in a register.
-template <auto ToFloat, auto FromFloat>
-struct Packed {
-    template <auto F>
-    static u32 each(u32 a, u32 b, u32 c) {
-        auto half = [&](u32 shift) {
-            auto value = [&](u32 x) { return ToFloat(static_cast<u16>(x >> shift)); };
-            return static_cast<u32>(FromFloat(F(value(a), value(b), value(c)))) << shift;
-        };
-        return half(16) | half(0);
-    }
-};
-
-// The product and the sum are rounded once: a double holds a product of two halves exactly, and its
-// sum with a third half to 53 bits, more than twice what is kept.
-inline float fused_half(float a, float b, float c) {
-    double exact = static_cast<double>(a) * b + c;
-    float rounded = static_cast<float>(exact);
-    // Round to odd in fp32, so that rounding to 16 bits afterwards is right.
-    if (static_cast<double>(rounded) == exact || rounded != rounded || std::isinf(rounded))
-        return rounded;
-    u32 bits = bits_as<u32>(rounded);
-    if (std::fabs(static_cast<double>(rounded)) > std::fabs(exact)) --bits;
-    return bits_as<float>(bits | 1);
-}
-
-template <auto ToFloat, auto FromFloat>
-void add_packed(AluTable& t, const std::string& type) {
-    using P = Packed<ToFloat, FromFloat>;
-    static constexpr auto fused = [](u32 a, u32 b, u32 c) {
-        return P::template each<fused_half>(a, b, c);
-    };
-    t.three<u32, u32, u32, u32, fused>("fma.rn." + type);
-    t.two<u32, u32, u32, [](u32 a, u32 b) {
-        return P::template each<[](float x, float y, float) { return x + y; }>(a, b, 0);
-    }>("add." + type);
-    t.two<u32, u32, u32, [](u32 a, u32 b) {
-        return P::template each<[](float x, float y, float) { return x + y; }>(a, b, 0);
-    }>("add.rn." + type);
-    t.two<u32, u32, u32, [](u32 a, u32 b) {
-        return P::template each<[](float x, float y, float) { return x - y; }>(a, b, 0);
-    }>("sub." + type);
-    t.two<u32, u32, u32, [](u32 a, u32 b) {
-        return P::template each<[](float x, float y, float) { return x - y; }>(a, b, 0);
-    }>("sub.rn." + type);
-    t.two<u32, u32, u32, [](u32 a, u32 b) {
-        return P::template each<[](float x, float y, float) { return x * y; }>(a, b, 0);
-    }>("mul." + type);
-    t.two<u32, u32, u32, [](u32 a, u32 b) {
-        return P::template each<[](float x, float y, float) { return x * y; }>(a, b, 0);
-    }>("mul.rn." + type);
-    t.two<u32, u32, u32, [](u32 a, u32 b) {
-        return P::template each<[](float x, float y, float) { return minimum(x, y); }>(a, b, 0);
-    }>("min." + type);
-    t.two<u32, u32, u32, [](u32 a, u32 b) {
-        return P::template each<[](float x, float y, float) { return maximum(x, y); }>(a, b, 0);
-    }>("max." + type);
-    t.one<u32, u32, [](u32 a) { return a ^ 0x80008000; }>("neg." + type);
-    t.one<u32, u32, [](u32 a) { return a & 0x7fff7fff; }>("abs." + type);
-}
-
 }  // namespace
 
 void add_float_opcodes(AluTable& t) {
     add_single(t);
     add_special_functions(t);
     add_double(t);
-}
-
-void add_packed_opcodes(AluTable& t) {
-    add_packed<bf16_to_float, float_to_bf16>(t, "bf16x2");
-    add_packed<f16_to_float, float_to_f16>(t, "f16x2");
 }
 
 }  // namespace hopper_sim

@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
+#include <algorithm>
 #include <type_traits>
 
 #include "alu.h"
@@ -79,114 +80,63 @@ void add_wide(AluTable& t, const std::string& type) {
     }>("mad.hi." + type);
 }
 
-template <class T>
-void add_shifts(AluTable& t, const std::string& width, const std::string& u, const std::string& s) {
-    using S = std::make_signed_t<T>;
-    constexpr u32 bits = 8 * sizeof(T);
-    t.two<T, T, u32, [](T a, u32 n) { return static_cast<T>(n >= bits ? 0 : a << n); }>("shl." +
-                                                                                        width);
-    static constexpr auto logical = [](T a, u32 n) {
-        return static_cast<T>(n >= bits ? 0 : a >> n);
-    };
-    t.two<T, T, u32, logical>("shr." + width);
-    t.two<T, T, u32, logical>("shr." + u);
-    t.two<S, S, u32, [](S a, u32 n) { return static_cast<S>(a >> (n >= bits ? bits - 1 : n)); }>(
-        "shr." + s);
+template <class Byte>
+u32 dot4(u32 a, u32 b, u32 c) {
+    auto byte = [](u32 x, u32 n) { return static_cast<s32>(static_cast<Byte>(x >> (8 * n))); };
+    for (u32 n = 0; n < 4; ++n) c += static_cast<u32>(byte(a, n) * byte(b, n));
+    return c;
 }
 
-template <class T>
-void add_logic(AluTable& t, const std::string& type) {
-    t.two<T, T, T, [](T a, T b) { return a & b; }>("and." + type);
-    t.two<T, T, T, [](T a, T b) { return a | b; }>("or." + type);
-    t.two<T, T, T, [](T a, T b) { return a ^ b; }>("xor." + type);
-    t.one<T, T, [](T a) { return ~a; }>("not." + type);
-}
-
-// Predicates are masks of 32 lanes.
-template <auto F>
-Step predicate_logic(Warp& w, const Instruction& i, u32 mask) {
-    w.set_predicate(i.dst, F(w.predicate(i.a), w.predicate(i.b)), mask);
-    return Step::next;
-}
-
-Step predicate_not(Warp& w, const Instruction& i, u32 mask) {
-    w.set_predicate(i.dst, ~w.predicate(i.a), mask);
-    return Step::next;
-}
-
-constexpr u32 low_bits(u32 count) { return count > 31 ? kAllLanes : (1u << count) - 1; }
-
-u32 bit_field_extract(u32 a, u32 position, u32 length) {
-    position &= 255, length &= 255;
-    return position > 31 ? 0 : a >> position & low_bits(length);
-}
-
-// The sign bit is the field's last bit, or a's own where the field reaches past it.
-s32 signed_bit_field_extract(s32 a, u32 position, u32 length) {
-    position &= 255, length &= 255;
-    if (length == 0) return 0;
-    u32 last = position + length - 1 > 31 ? 31 : position + length - 1;
-    s32 sign = (a >> last & 1) ? -1 : 0;
-    if (position > 31) return sign;
-    u32 count = last - position + 1;
-    u32 field = static_cast<u32>(a) >> position & low_bits(count);
-    return static_cast<s32>(field | (static_cast<u32>(sign) & ~low_bits(count)));
-}
-
-u32 bit_field_insert(u32 a, u32 b, u32 position, u32 length) {
-    position &= 255, length &= 255;
-    if (position > 31) return b;
-    u32 field = low_bits(length) << position;
-    return (b & ~field) | (a << position & field);
-}
-
-u32 reverse_bits(u32 a) {
-    a = (a >> 1 & 0x55555555) | (a & 0x55555555) << 1;
-    a = (a >> 2 & 0x33333333) | (a & 0x33333333) << 2;
-    a = (a >> 4 & 0x0f0f0f0f) | (a & 0x0f0f0f0f) << 4;
-    return __builtin_bswap32(a);
-}
-
-u32 permute_bytes(u32 a, u32 b, u32 selector) {
-    u64 bytes = static_cast<u64>(b) << 32 | a;
-    u32 out = 0;
-    for (u32 n = 0; n < 4; ++n) {
-        u32 choice = selector >> (4 * n) & 15;
-        u32 byte = static_cast<u32>(bytes >> (8 * (choice & 7))) & 255;
-        if (choice & 8) byte = byte & 128 ? 255 : 0;
-        out |= byte << (8 * n);
+// The carry of a lane, as a bit of the warp's mask; borrows count as carries.
+template <class T, bool In, bool Out, auto F>
+Step with_carry(Warp& w, const Instruction& i, u32 mask) {
+    using u128 = unsigned __int128;
+    const T *a = w.reg<T>(i.a), *b = w.reg<T>(i.b), *c = w.reg<T>(i.c);
+    T* d = w.reg<T>(i.dst);
+    for (; mask; mask &= mask - 1) {
+        u32 lane = static_cast<u32>(__builtin_ctz(mask));
+        u128 result = F(a[lane], b[lane], c[lane], u128{In ? w.carry >> lane & 1 : 0});
+        d[lane] = static_cast<T>(result);
+        u32 carried = static_cast<u32>(result >> (8 * sizeof(T))) & 1;
+        if (Out) w.carry = (w.carry & ~(1u << lane)) | carried << lane;
     }
-    return out;
+    return Step::next;
+}
+
+// head[.cc] and its form that takes the carry in, headc[.cc].
+template <class T, auto F>
+void add_carry_forms(AluTable& t, const std::string& head, const std::string& part,
+                     const std::string& type, bool ternary) {
+    constexpr u8 n = sizeof(T);
+    auto add = [&](const std::string& opcode, Handler run) {
+        t.add(opcode + type, ternary ? AluOpcode{run, {n, n, n, n}} : AluOpcode{run, {n, n, n}});
+    };
+    add(head + part + ".cc", with_carry<T, false, true, F>);
+    add(head + "c" + part, with_carry<T, true, false, F>);
+    add(head + "c" + part + ".cc", with_carry<T, true, true, F>);
 }
 
 template <class T>
-u32 leading_zeros(T a) {
-    if (a == 0) return 8 * sizeof(T);
-    return static_cast<u32>(sizeof(T) == 8 ? __builtin_clzll(a)
-                                           : __builtin_clz(static_cast<u32>(a)));
+void add_carry_opcodes_of(AluTable& t, const std::string& type, bool is_signed) {
+    using u128 = unsigned __int128;
+    constexpr u32 bits = 8 * sizeof(T);
+    add_carry_forms<T, [](T a, T b, T, u128 carry) { return u128{a} + b + carry; }>(t, "add", "",
+                                                                                    type, false);
+    add_carry_forms<T, [](T a, T b, T, u128 borrow) { return u128{a} - b - borrow; }>(t, "sub", "",
+                                                                                      type, false);
+    add_carry_forms<T, [](T a, T b, T c, u128 carry) { return u128{T(a * b)} + c + carry; }>(
+        t, "mad", ".lo", type, true);
+    if (!is_signed)
+        add_carry_forms<T, [](T a, T b, T c, u128 carry) {
+            return (u128{a} * b >> bits) + c + carry;
+        }>(t, "mad", ".hi", type, true);
 }
 
-// Position of the highest bit that differs from the sign; all ones where there is none.
-u32 find_high_bit(u32 a) { return a ? 31 - leading_zeros(a) : kAllLanes; }
-
-void add_funnel_shifts(AluTable& t) {
-    static constexpr auto join = [](u32 low, u32 high) {
-        return static_cast<u64>(high) << 32 | low;
-    };
-    static constexpr auto left = [](u32 a, u32 b, u32 n) {
-        return static_cast<u32>(join(a, b) << n >> 32);
-    };
-    static constexpr auto right = [](u32 a, u32 b, u32 n) {
-        return static_cast<u32>(join(a, b) >> n);
-    };
-    t.three<u32, u32, u32, u32, [](u32 a, u32 b, u32 n) { return left(a, b, n & 31); }>(
-        "shf.l.wrap.b32");
-    t.three<u32, u32, u32, u32, [](u32 a, u32 b, u32 n) { return (n > 31) ? a : left(a, b, n); }>(
-        "shf.l.clamp.b32");
-    t.three<u32, u32, u32, u32, [](u32 a, u32 b, u32 n) { return right(a, b, n & 31); }>(
-        "shf.r.wrap.b32");
-    t.three<u32, u32, u32, u32, [](u32 a, u32 b, u32 n) { return (n > 31) ? b : right(a, b, n); }>(
-        "shf.r.clamp.b32");
+void add_carry_opcodes(AluTable& t) {
+    add_carry_opcodes_of<u32>(t, ".u32", false);
+    add_carry_opcodes_of<u32>(t, ".s32", true);
+    add_carry_opcodes_of<u64>(t, ".u64", false);
+    add_carry_opcodes_of<u64>(t, ".s64", true);
 }
 
 }  // namespace
@@ -211,32 +161,14 @@ void add_integer_opcodes(AluTable& t) {
         "mul.hi.u64");
     t.two<s64, s64, s64, [](s64 a, s64 b) { return static_cast<s64>(s128(a) * b >> 64); }>(
         "mul.hi.s64");
-}
-
-void add_bit_opcodes(AluTable& t) {
-    add_shifts<u16>(t, "b16", "u16", "s16");
-    add_shifts<u32>(t, "b32", "u32", "s32");
-    add_shifts<u64>(t, "b64", "u64", "s64");
-    add_logic<u16>(t, "b16");
-    add_logic<u32>(t, "b32");
-    add_logic<u64>(t, "b64");
-    t.add("and.pred", {predicate_logic<[](u32 a, u32 b) { return a & b; }>, {1, 1, 1}});
-    t.add("or.pred", {predicate_logic<[](u32 a, u32 b) { return a | b; }>, {1, 1, 1}});
-    t.add("xor.pred", {predicate_logic<[](u32 a, u32 b) { return a ^ b; }>, {1, 1, 1}});
-    t.add("not.pred", {predicate_not, {1, 1}});
-    add_funnel_shifts(t);
-    t.three<u32, u32, u32, u32, bit_field_extract>("bfe.u32");
-    t.three<s32, s32, u32, u32, signed_bit_field_extract>("bfe.s32");
-    t.four<u32, u32, u32, u32, u32, bit_field_insert>("bfi.b32");
-    t.three<u32, u32, u32, u32, permute_bytes>("prmt.b32");
-    t.one<u32, u32, reverse_bits>("brev.b32");
-    t.one<u32, u32, [](u32 a) { return static_cast<u32>(__builtin_popcount(a)); }>("popc.b32");
-    t.one<u32, u64, [](u64 a) { return static_cast<u32>(__builtin_popcountll(a)); }>("popc.b64");
-    t.one<u32, u32, leading_zeros<u32>>("clz.b32");
-    t.one<u32, u64, leading_zeros<u64>>("clz.b64");
-    t.one<u32, u32, find_high_bit>("bfind.u32");
-    t.one<u32, s32, [](s32 a) { return find_high_bit(static_cast<u32>(a < 0 ? ~a : a)); }>(
-        "bfind.s32");
+    static constexpr auto clamp = [](s64 a) {
+        return static_cast<s32>(std::clamp<s64>(a, INT32_MIN, INT32_MAX));
+    };
+    t.two<s32, s32, s32, [](s32 a, s32 b) { return clamp(s64{a} + b); }>("add.sat.s32");
+    t.two<s32, s32, s32, [](s32 a, s32 b) { return clamp(s64{a} - b); }>("sub.sat.s32");
+    t.three<u32, u32, u32, u32, dot4<u8>>("dp4a.u32.u32");
+    t.three<u32, u32, u32, u32, dot4<s8>>("dp4a.s32.s32");
+    add_carry_opcodes(t);
 }
 
 const AluOpcode* find_alu(std::string_view opcode) {
@@ -245,7 +177,7 @@ const AluOpcode* find_alu(std::string_view opcode) {
         add_integer_opcodes(t);
         add_bit_opcodes(t);
         add_float_opcodes(t);
-        add_packed_opcodes(t);
+        add_half_opcodes(t);
         add_conversions(t);
         return t;
     }();

@@ -68,6 +68,7 @@ struct Warp {
     Cta* cta = nullptr;
     u32 id = 0;
     u32 alive = 0;
+    u32 carry = 0;  // add.cc and its like, a bit a lane
     std::vector<Split> splits;
     Split* running = nullptr;
 

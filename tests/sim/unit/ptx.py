@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -79,3 +81,43 @@ def evaluate(driver: Driver, opcode: str, result: torch.dtype, *operands: Tensor
     lines += [f"st.global.b{8 * bytes_} [%d0], {target};"]
     run(driver, "\n".join(lines), *tensors, out, grid=(count + 31) // 32)
     return out
+
+
+def compare(driver: Driver, opcode: str, a: Tensor, b: Tensor) -> Tensor:
+    """1 where `opcode` sets its predicate."""
+    out, bytes_ = poison(len(a), dtype=torch.int32), a.element_size()
+    letter = LETTERS[bytes_]
+    body = f"""
+    mov.u32 %r0, %ctaid.x;
+    mad.lo.u32 %r0, %r0, 32, %t;
+    setp.ge.u32 %p0, %r0, {len(a)};
+    @%p0 ret;
+    mad.wide.u32 %d0, %r0, {bytes_}, %a0;
+    mad.wide.u32 %d1, %r0, {bytes_}, %a1;
+    mad.wide.u32 %d2, %r0, 4, %a2;
+    ld.global.b{8 * bytes_} %{letter}10, [%d0];
+    ld.global.b{8 * bytes_} %{letter}11, [%d1];
+    {opcode} %p1, %{letter}10, %{letter}11;
+    selp.u32 %r1, 1, 0, %p1;
+    st.global.u32 [%d2], %r1;
+    """
+    run(driver, body, a, b, out, grid=(len(a) + 31) // 32)
+    return out.bool()
+
+
+def identical(got: Tensor, wanted: Tensor) -> None:
+    """The same 16-bit floats; every NaN is as good as another."""
+    assert torch.equal(got.isnan(), wanted.isnan())
+    numbers = ~wanted.isnan()
+    assert torch.equal(got[numbers].view(torch.int16), wanted[numbers].view(torch.int16))
+
+
+def nearest(exact: Fraction, fraction_bits: int, min_exponent: int, largest: float) -> float:
+    """The float of a format next to a number other than 0, ties to even."""
+    magnitude = abs(exact)
+    exponent = max(magnitude.numerator.bit_length() - magnitude.denominator.bit_length() - 1, min_exponent)
+    while magnitude >= Fraction(2) ** (exponent + 1):
+        exponent += 1
+    unit = Fraction(2) ** (exponent - fraction_bits)
+    rounded = round(magnitude / unit) * unit  # Python rounds halves to even
+    return math.copysign(float(rounded) if rounded <= Fraction(largest) else math.inf, exact)
