@@ -92,6 +92,8 @@ class _RowTile:
                 matmul_visible(heads.stack(probs), v, visible, heads.stack(self.acc_o), accumulate=j0 > first)
             masked |= keep is not None
         self._normalise(select)
+        if masked:
+            self.acc_o.add_(0.0)  # 0 * v is -0 for v < 0; rows that see nothing are +0
         return masked
 
     def _softmax(self, scores: Tensor, rescale: bool) -> Tensor:

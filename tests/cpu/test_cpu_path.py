@@ -302,6 +302,13 @@ def test_scores_of_minus_infinity_are_an_empty_row() -> None:
     assert bitwise_equal(out, torch.ones_like(q)) and (lse == 0.0).all()
 
 
+@pytest.mark.parametrize("sink", [None, torch.zeros(2)], ids=["plain", "sink"])
+def test_empty_rows_are_positive_zero(sink: torch.Tensor | None) -> None:
+    q, k = torch.randn(1, 31, 2, 16), torch.randn(1, 1, 2, 16)
+    out = flash_attn_func(q, k, -k.abs(), causal=True, s_aux=sink)
+    assert bitwise_equal(out[:, :30], torch.zeros(1, 30, 2, 16))
+
+
 @pytest.mark.parametrize("sink", [-1e4, 1e4, 1e30])
 def test_extreme_sinks(sink: float) -> None:
     case = make_inputs("dense", dtype=torch.float32, seqlen_k=600) | {"s_aux": torch.full((4,), sink)}
