@@ -32,7 +32,8 @@ bool AllocationMap::covers(const Ranges& ranges, u64 address, u64 bytes) {
     auto at = ranges.upper_bound(address);
     if (at == ranges.begin()) return false;
     --at;
-    return address + bytes <= at->first + at->second.bytes;
+    u64 offset = address - at->first;  // sums with `address` might wrap around
+    return offset <= at->second.bytes && bytes <= at->second.bytes - offset;
 }
 
 void AllocationMap::add(u64 address, u64 bytes, const std::string& name) {
@@ -74,7 +75,7 @@ bool AllocationMap::mapped(u64 address, u64 bytes) const {
 }
 
 bool AllocationMap::contains(u64 address, u64 bytes) const {
-    if (address >= hit_begin_ && address + bytes <= hit_end_) return true;
+    if (address >= hit_begin_ && address < hit_end_ && bytes <= hit_end_ - address) return true;
     for (const Ranges* ranges : {&own_, &registered_}) {
         if (!covers(*ranges, address, bytes)) continue;
         auto at = std::prev(ranges->upper_bound(address));
@@ -86,22 +87,24 @@ bool AllocationMap::contains(u64 address, u64 bytes) const {
 }
 
 std::string AllocationMap::describe(u64 address) const {
-    std::string text = format("0x%llx", static_cast<unsigned long long>(address));
-    const std::string* name = nullptr;
-    u64 nearest = 1 << 20, begin = 0, size = 0;
+    constexpr u64 kNear = 1 << 20;
+    const Ranges::value_type* nearest = nullptr;
+    u64 least = kNear;
+    auto consider = [&](const Ranges::value_type& range) {
+        u64 begin = range.first, end = begin + range.second.bytes;
+        u64 distance = address < begin ? begin - address : address < end ? 0 : address - end;
+        if (distance < least) nearest = &range, least = distance;
+    };
     for (const Ranges* ranges : {&own_, &registered_}) {
-        auto at = ranges->upper_bound(address);
-        if (at == ranges->begin()) continue;
-        --at;
-        u64 distance = address - at->first;
-        if (distance < at->second.bytes + nearest) {
-            name = &at->second.name, begin = at->first, size = at->second.bytes;
-            nearest = distance > size ? distance - size : 0;
-        }
+        auto after = ranges->upper_bound(address);
+        if (after != ranges->end()) consider(*after);
+        if (after != ranges->begin()) consider(*std::prev(after));
     }
-    if (!name) return text + " (no allocation near)";
-    return text + format(" (offset %lld of ", static_cast<long long>(address - begin)) + *name +
-           format(", %llu bytes)", static_cast<unsigned long long>(size));
+    std::string text = format("0x%llx", static_cast<unsigned long long>(address));
+    if (!nearest) return text + " (no allocation near)";
+    return text + format(" (offset %lld of ", static_cast<long long>(address - nearest->first)) +
+           nearest->second.name +
+           format(", %llu bytes)", static_cast<unsigned long long>(nearest->second.bytes));
 }
 
 }  // namespace hopper_sim

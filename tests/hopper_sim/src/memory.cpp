@@ -31,9 +31,10 @@ SharedPlace shared_place(Warp& w, const Instruction& i, u64 address, u32 bytes) 
 }
 
 u8* global_range(Warp& w, const Instruction& i, u64 address, u64 bytes) {
-    u64 parameters = reinterpret_cast<u64>(w.cta->grid().parameters);
-    bool is_parameter = address >= parameters &&
-                        address + bytes <= parameters + w.cta->grid().kernel->parameter_bytes;
+    u64 into_parameters = address - reinterpret_cast<u64>(w.cta->grid().parameters);
+    u64 parameter_bytes = w.cta->grid().kernel->parameter_bytes;
+    bool is_parameter =
+        into_parameters < parameter_bytes && bytes <= parameter_bytes - into_parameters;
     if (!is_parameter && !allocations().contains(address, bytes))
         fail(kIllegalAddress, w, i,
              format("global memory out of bounds: %llu bytes at ",
@@ -44,7 +45,8 @@ u8* global_range(Warp& w, const Instruction& i, u64 address, u64 bytes) {
 
 static u8* local_place(Warp& w, const Instruction& i, u64 offset, u32 bytes, u32 lane) {
     u32 size = w.cta->grid().kernel->local_bytes;
-    if (offset + bytes > size) fail(kIllegalAddress, w, i, "local memory out of bounds");
+    if (offset > size || bytes > size - offset)
+        fail(kIllegalAddress, w, i, "local memory out of bounds");
     return w.cta->local_storage.get() + static_cast<u64>(w.id * kWarpSize + lane) * size + offset;
 }
 
