@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include "launch.h"
+#include "ops.h"
 #include "tensor_map.h"
 #include "view_caster.h"
 
@@ -52,8 +53,37 @@ py::bytes tensor_map_bytes(const std::string& tensor, int type, int element_byte
         spec.box[i] = box[view.rank - 1 - i];
     }
     const DeviceGuard guard(0);
-    const CUtensorMap map = encode_tensor_map(spec);
+    CUtensorMap map;
+    encode_tensor_map(spec, map);
     return py::bytes(reinterpret_cast<const char*>(&map), sizeof(map));
+}
+
+// Arguments in the order of FwdTensors and FwdOptions.
+void fwd_values(Kernel& kernel, const TensorView& q, const TensorView& k, const TensorView& v,
+                const TensorView& out, const TensorView& lse, const TensorView& max_logits,
+                const TensorView& cu_seqlens_q, const TensorView& cu_seqlens_k,
+                const TensorView& seqused_q, const TensorView& seqused_k,
+                const TensorView& leftpad_k, const TensorView& sink, Dtype dtype, Dtype out_dtype,
+                Dtype sink_dtype, float softmax_scale, float softcap, int window_left,
+                int window_right, int attention_chunk, int batch, int block_n, int pack,
+                int num_m_blocks, int num_splits, int heads_per_section, bool dynamic,
+                unsigned grid, int device, uintptr_t stream) {
+    fwd(kernel,
+        {q, k, v, out, lse, max_logits, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, leftpad_k,
+         sink},
+        {dtype, out_dtype, sink_dtype, softmax_scale, softcap, window_left, window_right,
+         attention_chunk, batch, block_n, pack, num_m_blocks, num_splits, heads_per_section,
+         dynamic, grid},
+        {device, as_stream(stream)});
+}
+
+int num_multiprocessors(int device) {
+    CUdevice handle;
+    int count = 0;
+    FA3_DRIVER(cuDeviceGet, (&handle, device), "looking for device ", device);
+    FA3_DRIVER(cuDeviceGetAttribute, (&count, CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, handle),
+               "counting the multiprocessors of device ", device);
+    return count;
 }
 
 int driver_version() {
@@ -95,12 +125,14 @@ PYBIND11_MODULE(_C, m) {
     const std::string name = py::cast<std::string>(m.attr("__name__"));
     translate_errors(name.substr(0, name.rfind('.')) + ".errors");
 
-    py::class_<AbiStamp>(m, "AbiStamp", "What a compiled kernel says of itself.")
+    // Local to the module: another copy of the package in the process has its own.
+    py::class_<AbiStamp>(m, "AbiStamp", py::module_local(),
+                         "What a compiled kernel says of itself.")
         .def_readonly("params_bytes", &AbiStamp::params_bytes)
         .def_readonly("threads", &AbiStamp::threads)
         .def_readonly("smem_bytes", &AbiStamp::smem_bytes)
         .def_readonly("block_m", &AbiStamp::block_m);
-    py::class_<Kernel>(m, "Kernel",
+    py::class_<Kernel>(m, "Kernel", py::module_local(),
                        "A compiled kernel, loaded on each device when a call first needs it there.")
         .def(
             py::init([](std::string name, std::string entry, const std::vector<py::bytes>& images) {
@@ -117,6 +149,14 @@ PYBIND11_MODULE(_C, m) {
              py::arg("device") = 0, py::arg("stream") = 0,
              "Launch with parameters given as bytes.");
 
+    py::enum_<Dtype>(m, "Dtype", py::module_local())
+        .value("bf16", Dtype::bf16)
+        .value("fp16", Dtype::fp16)
+        .value("fp32", Dtype::fp32);
+    m.def("fwd", &fwd_values, WithoutGil(),
+          "Launch the forward; the arguments are those of FwdTensors and FwdOptions in csrc/ops.h, "
+          "in order.");
+
     m.def("encode_tensor_map", &tensor_map_bytes, py::arg("tensor"), py::arg("type"),
           py::arg("element_bytes"), py::arg("view"), py::arg("box"), py::arg("swizzle"),
           "The 128 bytes of a tensor map; view and box outermost first, as in torch.");
@@ -124,5 +164,6 @@ PYBIND11_MODULE(_C, m) {
         "driver_path", [] { return driver().path; },
         "The driver library; opens it at the first call.");
     m.def("driver_version", &driver_version);
+    m.def("num_multiprocessors", &num_multiprocessors, py::arg("device"));
     m.attr("cuda_version") = CUDA_VERSION;
 }

@@ -26,7 +26,10 @@
     X(cuModuleUnload)           \
     X(cuModuleGetFunction)      \
     X(cuModuleGetGlobal)        \
+    X(cuMemAlloc)               \
+    X(cuMemsetD8)               \
     X(cuMemcpyDtoH)             \
+    X(cuStreamSynchronize)      \
     X(cuFuncSetAttribute)       \
     X(cuTensorMapEncodeTiled)   \
     X(cuLaunchKernelEx)

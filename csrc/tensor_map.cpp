@@ -24,7 +24,7 @@ std::string describe(const TensorMapSpec& spec) {
 
 }  // namespace
 
-CUtensorMap encode_tensor_map(const TensorMapSpec& spec) {
+void encode_tensor_map(const TensorMapSpec& spec, CUtensorMap& map) {
     FA3_CHECK(spec.rank >= 2 && spec.rank <= kMaxRank, "flash_attn3: rank = ", spec.rank, " of ",
               spec.tensor, "; expected 2 to ", kMaxRank);
     FA3_CHECK(spec.stride[0] == 1, "flash_attn3: innermost stride = ", spec.stride[0], " of ",
@@ -39,14 +39,12 @@ CUtensorMap encode_tensor_map(const TensorMapSpec& spec) {
     constexpr std::array<cuuint32_t, kMaxRank> kElementStrides{1, 1, 1, 1, 1};
     const std::array<cuuint64_t, kMaxRank> size = std::to_array<cuuint64_t>(
         {spec.size[0], spec.size[1], spec.size[2], spec.size[3], spec.size[4]});
-    CUtensorMap map;
     FA3_DRIVER(
         cuTensorMapEncodeTiled,
         (&map, spec.type, spec.rank, const_cast<void*>(spec.data), size.data(), stride_bytes.data(),
          spec.box.data(), kElementStrides.data(), CU_TENSOR_MAP_INTERLEAVE_NONE, spec.swizzle,
          CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE),
         describe(spec));
-    return map;
 }
 
 }  // namespace fa3

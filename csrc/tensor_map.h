@@ -22,7 +22,8 @@ struct TensorMapSpec {
     CUtensorMapSwizzle swizzle;
 };
 
-// Every size must be at least 1: an empty tensor has no map. Reads outside give 0.
-CUtensorMap encode_tensor_map(const TensorMapSpec& spec);
+// Every size must be at least 1: an empty tensor has no map. Reads outside give 0. The map is
+// written in place, since GCC 12 misaligns temporaries of its type.
+void encode_tensor_map(const TensorMapSpec& spec, CUtensorMap& map);
 
 }  // namespace fa3

@@ -13,7 +13,7 @@ from types import ModuleType
 
 import torch
 
-from . import env
+from . import env, extension
 from .errors import FlashAttn3ValueError, UnsupportedError, message
 from .problem import AttentionProblem
 
@@ -70,13 +70,14 @@ def _missing_triton(device_type: str, device_index: int | None) -> str | None:
 
 
 def _missing_hopper(device_type: str, device_index: int | None) -> str | None:
-    if device_type != "cuda":
-        return "serves CUDA tensors of a Hopper GPU only"
-    if torch.cuda.is_available():
+    if device_type == "cuda" and torch.cuda.is_available():
         capability = torch.cuda.get_device_capability(device_index)
         if capability != (9, 0):
             return f"needs compute capability 9.0; this GPU has {capability[0]}.{capability[1]}"
-    return "this version has no Hopper kernels yet"
+    elif env.path("FLASH_ATTN3_LIBCUDA") is None:  # else device memory is what that library takes for it
+        here = "; torch sees no CUDA device" if device_type == "cuda" else ""
+        return f"serves CUDA tensors of a Hopper GPU only{here}"
+    return extension.unavailable_reason()
 
 
 def backends(device_type: str | None = None) -> dict[str, str | None]:

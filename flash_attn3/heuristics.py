@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""How a Hopper kernel is launched, from what the host knows: shapes and bounds, never contents. Speed only.
+
+Nothing here moves a bit of the result, except the number of splits that `num_splits=0` leaves open.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from .problem import AttentionProblem
+from .variants import FwdVariant
+
+L2_BYTES = 32 * 2**20  # of 50 MB: what K and V of the heads in work may fill
+
+
+class FwdLaunch(NamedTuple):
+    """Fields of FwdOptions in csrc/ops.h."""
+
+    pack: int
+    num_m_blocks: int
+    num_splits: int
+    heads_per_section: int
+    dynamic: bool
+    grid: int
+
+
+def fwd_launch(p: AttentionProblem, variant: FwdVariant, num_multiprocessors: int) -> FwdLaunch:
+    packed = p.cu_seqlens_q is not None
+    rows = min(p.max_seqlen_q, p.q.shape[0]) if packed else p.q.shape[1]
+    group = p.num_heads // p.num_heads_kv
+    pack = group if _packs(p.pack_gqa, rows, group, variant.block_m) else 1
+    num_m_blocks = max(1, _m_blocks(rows, pack, variant.block_m))
+    num_heads = p.num_heads // pack
+    num_tiles = num_m_blocks * num_heads * p.batch
+    even = not packed and p.seqused_q is None and p.seqused_k is None and p.leftpad_k is None
+    unmasked = p.window_left < 0 and p.window_right < 0 and p.attention_chunk == 0
+    grid = min(num_tiles, max(1, num_multiprocessors - p.sm_margin))
+    dynamic = num_tiles > grid and not (even and unmasked)
+    return FwdLaunch(pack, num_m_blocks, 1, _heads_per_section(p, num_heads), dynamic, grid)
+
+
+def _m_blocks(rows: int, pack: int, block_m: int) -> int:
+    """Tiles that hold so many rows of `pack` heads."""
+    return -(-rows // (block_m // pack))
+
+
+def _packs(wanted: bool | None, rows: int, group: int, block_m: int) -> bool:
+    """Whether a tile takes all query heads of a KV head: where that saves a tenth of the tiles."""
+    if wanted is False or not 1 < group <= block_m:
+        return False
+    return wanted is True or 10 * _m_blocks(rows, group, block_m) <= 9 * group * _m_blocks(rows, 1, block_m)
+
+
+def _heads_per_section(p: AttentionProblem, num_heads: int) -> int:
+    """Heads whose keys and values fit into L2 together: a power of two."""
+    keys = min(p.max_seqlen_k, p.k.shape[-3])
+    bytes_of_head = keys * (p.head_dim + p.head_dim_v) * p.k.itemsize * p.num_heads_kv // num_heads
+    fitting = max(1, L2_BYTES // max(1, bytes_of_head))
+    return min(num_heads, 1 << (fitting.bit_length() - 1))
