@@ -18,6 +18,7 @@ struct FwdConfig {
     int block_n = 128;     // keys of a tile
     int stages = 2;        // tiles of K, and of V, in shared memory
     KvSource kv_source = KvSource::tma;
+    bool ping_pong = true;  // consumer warpgroups take turns at the tensor cores
 
     constexpr int consumers() const { return block_m / kWarpgroupRows; }  // warpgroups
     constexpr int threads() const { return 128 * (consumers() + 1); }

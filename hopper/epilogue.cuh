@@ -1,0 +1,126 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// From accumulators to out, lse and max_logits.
+#pragma once
+
+#include "scheduler.cuh"
+#include "seqlen.cuh"
+#include "softmax.cuh"
+
+namespace fa3 {
+
+// A query row of a tile: where its results go.
+struct OutputRow {
+    bool exists;   // in the tensors
+    bool attends;  // or is one of the unused rows, which are written as zeros
+    int head;
+    long long out, lse;
+
+    // Positions of the tile start at `first`, and there are `positions` of them; the tile may have
+    // spare rows behind.
+    __device__ OutputRow(const FwdParams& p, const Sequence& seq, const Tile& tile, int first,
+                         int positions, int row) {
+        const int position = first + row / p.pack, row_of_tensor = seq.first_row + position;
+        head = tile.head * p.pack + row % p.pack;
+        exists = row < positions * p.pack && position < seq.rows_written;
+        attends = position < seq.num_rows;
+        out = tile.split * p.out_split_stride + seq.q_batch * p.out_batch_stride +
+              row_of_tensor * p.out_row_stride + head * p.out_head_stride;
+        lse = tile.split * p.lse_split_stride + seq.q_batch * p.lse_batch_stride +
+              head * p.lse_head_stride + row_of_tensor;
+    }
+};
+
+__device__ inline float load_sink(const FwdParams& p, int head) {
+    if (p.sink_dtype == Dtype::fp32) return static_cast<const float*>(p.sink)[head];
+    const unsigned short bits = static_cast<const unsigned short*>(p.sink)[head];
+    return p.sink_dtype == Dtype::bf16 ? __uint_as_float(static_cast<unsigned>(bits) << 16)
+                                       : sm90::from_half(bits);
+}
+
+// *address = max(*address, x). The bits of floats are ordered as integers are, those of negative
+// ones backwards.
+__device__ inline void atomic_max(float* address, float x) {
+    x += 0.f;  // -0 to 0
+    if (x >= 0.f) {
+        atomicMax(reinterpret_cast<int*>(address), __float_as_int(x));
+    } else {
+        atomicMin(reinterpret_cast<unsigned*>(address), __float_as_uint(x));
+    }
+}
+
+// Word j of lane t of a quad becomes word t of lane j.
+__device__ inline void transpose_quad(unsigned (&words)[4], int lane) {
+#pragma unroll
+    for (int bit = 1; bit < 4; bit *= 2) {
+        const bool upper = lane & bit;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            if (i & bit) continue;
+            const unsigned low = words[i], high = words[i + bit];
+            const unsigned received = __shfl_xor_sync(0xffffffff, upper ? low : high, bit);
+            words[i] = upper ? received : low;
+            words[i + bit] = upper ? high : received;
+        }
+    }
+}
+
+// Column 8 j + 2 (lane % 4) + e of the row is acc[4 j + 2 h + e].
+template <Dtype T, int R>
+__device__ void store_row(const FwdParams& p, const float (&acc)[R], int h, const OutputRow& row,
+                          int lane) {
+    const int quad_lane = lane % 4;
+    if (p.out_dtype == Dtype::fp32) {
+        float* out = static_cast<float*>(p.out) + row.out;
+#pragma unroll
+        for (int j = 0; j < R / 4; ++j) {
+            const int column = 8 * j + 2 * quad_lane;
+            if (row.exists && column < p.head_dim_v) {
+                *reinterpret_cast<float2*>(out + column) = {acc[4 * j + 2 * h],
+                                                            acc[4 * j + 2 * h + 1]};
+            }
+        }
+        return;
+    }
+    unsigned short* out = static_cast<unsigned short*>(p.out) + row.out;
+#pragma unroll
+    for (int j = 0; j < R / 4; j += 4) {
+        unsigned words[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+            words[i] = sm90::pack<T>(acc[4 * (j + i) + 2 * h], acc[4 * (j + i) + 2 * h + 1]);
+        transpose_quad(words, lane);
+        const int column = 8 * (j + quad_lane);
+        if (row.exists && column < p.head_dim_v) {
+            *reinterpret_cast<uint4*>(out + column) = {words[0], words[1], words[2], words[3]};
+        }
+    }
+}
+
+// This thread's quad holds rows `row` and `row` + 8 of the tile.
+template <Dtype T, int R>
+__device__ void finish_tile(const FwdParams& p, const Sequence& seq, const Tile& tile, int first,
+                            int positions, int row, int lane, const Softmax& softmax,
+                            float (&acc)[R]) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+        const OutputRow to(p, seq, tile, first, positions, row + 8 * h);
+        const float sink = p.sink && tile.split == 0 ? load_sink(p, to.head) : -kInfinity;
+        const Softmax::Final end = softmax.finish(h, sink);
+        const bool zero = !to.attends || end.factor == 0.f;  // by selection: 0 times NaN is no zero
+#pragma unroll
+        for (int i = 0; i < R / 4; ++i) {
+            for (int e = 0; e < 2; ++e) {
+                float& x = acc[4 * i + 2 * h + e];
+                x = zero ? 0.f : x * end.factor;
+            }
+        }
+        store_row<T>(p, acc, h, to, lane);
+        if (lane % 4 == 0 && to.exists) {
+            p.lse[to.lse] = to.attends ? end.lse : -kInfinity;
+            if (p.max_logits && to.attends)
+                atomic_max(p.max_logits + tile.batch * p.num_heads + to.head, end.max_logit);
+        }
+    }
+}
+
+}  // namespace fa3

@@ -1,0 +1,288 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The forward: out = softmax(scale Q K^T) V, a tile of query rows at a time.
+//
+// Warpgroup 0 is the producer: one thread of it loads by the copy engine. The others are consumers,
+// 64 rows each. README.md draws the schedule.
+#pragma once
+
+#include "config.h"
+#include "epilogue.cuh"
+#include "mask.cuh"
+#include "scheduler.cuh"
+#include "seqlen.cuh"
+#include "sm90/mbarrier.cuh"
+#include "sm90/regs.cuh"
+#include "sm90/tma.cuh"
+#include "sm90/wgmma.cuh"
+#include "softmax.cuh"
+
+namespace fa3 {
+
+// Where a role stands in a ring of stages. A barrier's phases are counted by the uses of its stage,
+// never by tiles.
+template <int kStages>
+struct Ring {
+    int stage = 0;
+    unsigned phase = 0;  // parity of this use of the stage
+
+    __device__ void advance() {
+        if (++stage == kStages) stage = 0, phase ^= 1;
+    }
+};
+
+// A tile and what both roles must agree on.
+template <int kBlockM, int kBlockN>
+struct Work {
+    Tile tile;
+    Sequence seq;
+    int position;      // of the first query
+    KeyBlocks blocks;  // to be multiplied, from the right to the left
+
+    __device__ Work(const FwdParams& p, int index)
+        : tile(decode_tile(p, index)), seq(p, tile.batch) {
+        const int positions = kBlockM / p.pack;
+        position = tile.m_block * positions;
+        const int last = min(position + positions, seq.num_rows) - 1;
+        blocks = last < position ? KeyBlocks{}
+                                 : key_blocks<kBlockN>(visible_keys(p, seq, position),
+                                                       visible_keys(p, seq, last));
+    }
+};
+
+// Consumer warpgroups issue their products in turn, so that the softmax of one runs beside the
+// products of another. Named barrier 1 + w is met by warpgroup w, which waits, and the one in front
+// of it, which does not.
+template <int kWarpgroups>
+struct Turns {
+    int warpgroup;
+
+    __device__ explicit Turns(int warpgroup) : warpgroup(warpgroup) {
+        if (kWarpgroups > 1 && warpgroup == kWarpgroups - 1) pass();
+    }
+
+    __device__ void await() const {
+        if (kWarpgroups > 1) sm90::sync_named(1 + warpgroup, 256);
+    }
+
+    __device__ void pass() const {
+        if (kWarpgroups > 1) sm90::arrive_named(1 + (warpgroup + 1) % kWarpgroups, 256);
+    }
+
+    // The first warpgroup takes the turn that nobody uses: a barrier must not be left half met.
+    __device__ void end() const {
+        if (warpgroup == 0) await();
+    }
+};
+
+template <FwdConfig C>
+struct Fwd {
+    static constexpr int kM = C.block_m, kN = C.block_n, kStages = C.stages;
+    static constexpr int kConsumers = C.consumers();
+    static constexpr int kPanels = C.panels(), kPanelsV = C.panels_v();
+    static constexpr int kProducerRegisters = C.producer_registers();
+    static constexpr int kConsumerRegisters = C.consumer_registers();
+    static constexpr int kRowBytes = kPanel * 2;          // of a panel
+    static constexpr int kRowGroupBytes = 8 * kRowBytes;  // the swizzle's period
+    static constexpr int kStepBytes = 16 * 2;             // one MMA's 16 columns of K, along a row
+    static constexpr int kQkSteps = C.head_dim / 16, kPvSteps = kN / 16;
+    static_assert(kM % kWarpgroupRows == 0 && kN % 16 == 0 && C.head_dim % 16 == 0 &&
+                  C.head_dim_v % 32 == 0);
+
+    using Element = unsigned short;
+    using Barrier = sm90::Mbarrier;
+
+    struct Smem {
+        alignas(1024) Element q[kPanels][kM][kPanel];
+        alignas(1024) Element k[kStages][kPanels][kN][kPanel];
+        alignas(1024) Element v[kStages][kPanelsV][kN][kPanel];
+        Barrier q_full, q_empty;
+        Barrier k_full[kStages], k_empty[kStages];
+        Barrier v_full[kStages], v_empty[kStages];
+    };
+
+    static __device__ void run(const FwdParams& p) {
+        extern __shared__ __align__(1024) char memory[];
+        Smem& s = *reinterpret_cast<Smem*>(memory);
+        const int warp = sm90::uniform(threadIdx.x / 32);
+        if (warp == 0 && sm90::elect()) {
+            sm90::init(s.q_full, 1);
+            sm90::init(s.q_empty, kConsumers);
+            for (int i = 0; i < kStages; ++i) {
+                sm90::init(s.k_full[i], 1);
+                sm90::init(s.v_full[i], 1);
+                sm90::init(s.k_empty[i], kConsumers);
+                sm90::init(s.v_empty[i], kConsumers);
+            }
+            sm90::fence_init();
+        }
+        __syncthreads();
+        if (warp < 4) {
+            sm90::give_registers<kProducerRegisters>();
+            if (warp == 0 && sm90::elect()) produce(p, s);
+        } else {
+            sm90::take_registers<kConsumerRegisters>();
+            consume(p, s, warp / 4 - 1);
+        }
+    }
+
+    static __device__ void produce(const FwdParams& p, Smem& s) {
+        using sm90::CacheHint;
+        unsigned q_phase = 0;
+        Ring<kStages> k, v;
+        for (int index = blockIdx.x; index < num_tiles(p); index += gridDim.x) {
+            const Work<kM, kN> work(p, index);
+            const auto [tile, seq, position, blocks] = work;
+            if (blocks.empty()) continue;
+            const int head_kv = tile.head * p.pack / (p.num_heads / p.num_heads_kv);
+            const auto load_k = [&](int n) {
+                sm90::wait(s.k_empty[k.stage], k.phase ^ 1);
+                sm90::arrive_expect(s.k_full[k.stage], sizeof(s.k[0]));
+                for (int i = 0; i < kPanels; ++i) {
+                    sm90::load(p.k_map, s.k_full[k.stage], CacheHint::EVICT_LAST, s.k[k.stage][i],
+                               i * kPanel, seq.first_key + n * kN, head_kv, seq.k_batch);
+                }
+                k.advance();
+            };
+            const auto load_v = [&](int n) {
+                sm90::wait(s.v_empty[v.stage], v.phase ^ 1);
+                sm90::arrive_expect(s.v_full[v.stage], sizeof(s.v[0]));
+                for (int i = 0; i < kPanelsV; ++i) {
+                    sm90::load(p.v_map, s.v_full[v.stage], CacheHint::EVICT_LAST, s.v[v.stage][i],
+                               i * kPanel, seq.first_key + n * kN, head_kv, seq.k_batch);
+                }
+                v.advance();
+            };
+            // K first, since the consumers let go of Q last; V lags one block behind K, as they
+            // need it.
+            load_k(blocks.hi - 1);
+            sm90::wait(s.q_empty, q_phase ^ 1);
+            q_phase ^= 1;
+            sm90::arrive_expect(s.q_full, kPanels * (kM / p.pack * p.pack) * kRowBytes);
+            for (int i = 0; i < kPanels; ++i) {
+                sm90::load(p.q_map, s.q_full, CacheHint::EVICT_FIRST, s.q[i], i * kPanel, 0,
+                           seq.first_row + position, tile.head, seq.q_batch);
+            }
+            for (int n = blocks.hi - 2; n >= blocks.lo; --n) {
+                load_k(n);
+                load_v(n + 1);
+            }
+            load_v(blocks.lo);
+        }
+    }
+
+    static __device__ void consume(const FwdParams& p, Smem& s, int warpgroup) {
+        const int thread = threadIdx.x % 128, lane = thread % 32;
+        const Turns<C.ping_pong ? kConsumers : 1> turns(warpgroup);
+        const bool leader = thread == 0;  // arrives for its warpgroup
+        const uint64_t q_tile =
+            sm90::descriptor(s.q[0][warpgroup * kWarpgroupRows], kRowGroupBytes, 0);
+        const uint64_t k_tiles = sm90::descriptor(s.k, kRowGroupBytes, 0);
+        const uint64_t v_tiles = sm90::descriptor(s.v, kRowGroupBytes, sizeof(s.v[0][0]));
+        unsigned q_phase = 0;
+        Ring<kStages> k, v;
+        for (int index = blockIdx.x; index < num_tiles(p); index += gridDim.x) {
+            const Work<kM, kN> work(p, index);
+            const KeyBlocks& blocks = work.blocks;
+            const int row =
+                warpgroup * kWarpgroupRows + thread / 32 * 16 + lane / 4;  // and row + 8
+            float acc_s[kN / 2], acc_o[C.head_dim_v / 2] = {};
+            uint32_t probabilities[kN / 4];  // acc_s as the A operand of the second product
+            Softmax softmax(p.scale_log2);
+            if (!blocks.empty()) {
+                KeyRange visible[2];
+                for (int h = 0; h < 2; ++h)
+                    visible[h] = visible_keys(p, work.seq, work.position + (row + 8 * h) / p.pack);
+                const auto mask = [&](int n) { hide(acc_s, visible, n * kN + 2 * (lane % 4)); };
+                const auto no_mask = [](int) {};
+
+                const auto issue_qk = [&] {
+                    sm90::pin(acc_s);
+                    sm90::mma_fence();
+                    const uint64_t k_tile = k_tiles + (k.stage * sizeof(s.k[0]) >> 4);
+#pragma unroll
+                    for (int i = 0; i < kQkSteps; ++i) {
+                        const int panel = i * 16 / kPanel, offset = i * kStepBytes % kRowBytes;
+                        sm90::mma<C.dtype>(acc_s, q_tile + (panel * sizeof(s.q[0]) + offset >> 4),
+                                           k_tile + (panel * sizeof(s.k[0][0]) + offset >> 4),
+                                           i > 0);
+                    }
+                    sm90::mma_commit();
+                };
+                const auto issue_pv = [&] {
+                    sm90::pin(acc_o);
+                    sm90::mma_fence();
+                    const uint64_t v_tile = v_tiles + (v.stage * sizeof(s.v[0]) >> 4);
+#pragma unroll
+                    for (int i = 0; i < kPvSteps; ++i) {
+                        sm90::mma<C.dtype>(acc_o, probabilities + 4 * i,
+                                           v_tile + (i * 2 * kRowGroupBytes >> 4), true);
+                    }
+                    sm90::mma_commit();
+                };
+                const auto release_k = [&] {
+                    if (leader) sm90::arrive(s.k_empty[k.stage]);
+                    k.advance();
+                };
+                const auto release_v = [&] {
+                    if (leader) sm90::arrive(s.v_empty[v.stage]);
+                    v.advance();
+                };
+                const auto update_softmax = [&](int n, auto&& hide_keys) {
+                    if (p.softcap_scale > 0.f) cap(acc_s, p.softcap_scale);
+                    hide_keys(n);
+                    softmax.update(acc_s);
+                };
+                const auto pack_probabilities = [&] {
+#pragma unroll
+                    for (int i = 0; i < kN / 4; ++i)
+                        probabilities[i] = sm90::pack<C.dtype>(acc_s[2 * i], acc_s[2 * i + 1]);
+                };
+                const auto step = [&](int n, auto&& hide_keys) {
+                    sm90::wait(s.k_full[k.stage], k.phase);
+                    turns.await();
+                    issue_qk();
+                    sm90::wait(s.v_full[v.stage], v.phase);
+                    issue_pv();
+                    turns.pass();
+                    sm90::mma_wait<1>();
+                    sm90::pin(acc_s);
+                    release_k();
+                    update_softmax(n, hide_keys);
+                    sm90::mma_wait<0>();
+                    sm90::pin(acc_o);
+                    release_v();
+                    pack_probabilities();  // only now: the second product read the old ones
+                    rescale(acc_o, softmax.alpha);
+                };
+
+                sm90::wait(s.q_full, q_phase);
+                q_phase ^= 1;
+                sm90::wait(s.k_full[k.stage], k.phase);
+                issue_qk();
+                sm90::mma_wait<0>();
+                sm90::pin(acc_s);
+                release_k();
+                update_softmax(blocks.hi - 1, mask);
+                pack_probabilities();
+                int n = blocks.hi - 2;
+#pragma unroll 1
+                for (; n >= max(blocks.full_hi, blocks.lo); --n) step(n, mask);
+#pragma unroll 1
+                for (; n >= blocks.full_lo; --n) step(n, no_mask);
+#pragma unroll 1
+                for (; n >= blocks.lo; --n) step(n, mask);
+                if (leader) sm90::arrive(s.q_empty);
+                sm90::wait(s.v_full[v.stage], v.phase);
+                issue_pv();
+                sm90::mma_wait<0>();
+                sm90::pin(acc_o);
+                release_v();
+            }
+            finish_tile<C.dtype>(p, work.seq, work.tile, work.position, kM / p.pack, row, lane,
+                                 softmax, acc_o);
+        }
+        turns.end();
+    }
+};
+
+}  // namespace fa3

@@ -1,0 +1,58 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Which keys a query row sees: an interval, whatever the mask.
+#pragma once
+
+#include "seqlen.cuh"
+#include "sm90/math.cuh"
+
+namespace fa3 {
+
+struct KeyRange {
+    int lo, hi;  // keys [lo, hi); none if hi <= lo
+};
+
+// Of the query at `position` of its sequence. Both ends grow with the position.
+__device__ inline KeyRange visible_keys(const FwdParams& p, const Sequence& seq, int position) {
+    const int aligned = position + seq.num_keys - seq.num_rows;  // the last query sees the last key
+    int lo = max(aligned - p.window_left, 0), hi = min(aligned + p.window_right + 1, seq.num_keys);
+    if (p.attention_chunk > 0) {
+        const int chunk = aligned < 0 ? -1 : aligned / p.attention_chunk;
+        lo = max(lo, chunk * p.attention_chunk);
+        hi = min(hi, (chunk + 1) * p.attention_chunk);
+    }
+    return {lo, max(hi, 0)};
+}
+
+// Blocks [lo, hi) of keys hold what a tile sees; in [full_lo, full_hi) every row sees every key.
+struct KeyBlocks {
+    int lo, full_lo, full_hi, hi;
+
+    __device__ bool empty() const { return hi <= lo; }
+};
+
+// `first` and `last` are the key ranges of a tile's first and last query.
+template <int kBlock>
+__device__ KeyBlocks key_blocks(KeyRange first, KeyRange last) {
+    KeyBlocks blocks{first.lo / kBlock, (last.lo + kBlock - 1) / kBlock, first.hi / kBlock,
+                     (last.hi + kBlock - 1) / kBlock};
+    blocks.full_hi = min(blocks.full_hi, blocks.hi);
+    blocks.full_lo = min(max(blocks.full_lo, blocks.lo), blocks.full_hi);
+    return blocks;
+}
+
+// -inf at the scores of invisible keys. `first_key` is that of scores[0].
+template <int R>
+__device__ void hide(float (&scores)[R], const KeyRange (&visible)[2], int first_key) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+        const int lo = visible[h].lo - first_key, hi = visible[h].hi - first_key;
+#pragma unroll
+        for (int i = 0; i < R / 2; ++i) {
+            const int key = 8 * (i / 2) + i % 2;  // 2 adjacent keys in every 8 belong to the thread
+            float& score = scores[4 * (i / 2) + 2 * h + i % 2];
+            score = lo <= key && key < hi ? score : -kInfinity;
+        }
+    }
+}
+
+}  // namespace fa3

@@ -1,0 +1,69 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Arithmetic, an instruction a function.
+#pragma once
+
+#include "../params.h"
+
+namespace fa3 {
+
+constexpr float kInfinity = __builtin_huge_valf();
+
+namespace sm90 {
+
+// PTX ISA, ex2.approx.ftz: 2^x; that of -inf is 0.
+__device__ inline float exp2(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// PTX ISA, lg2.approx.ftz: that of 0 is -inf.
+__device__ inline float log2(float x) {
+    float y;
+    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// PTX ISA, rcp.approx.ftz: 1 / x
+__device__ inline float reciprocal(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// PTX ISA, tanh.approx
+__device__ inline float tanh(float x) {
+    float y;
+    asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// PTX ISA, fma.rn.ftz: subnormal results are 0, so that a scale of FLT_MIN acts as 0 on all but
+// infinities.
+__device__ inline float fma(float a, float b, float c) {
+    float y;
+    asm("fma.rn.ftz.f32 %0, %1, %2, %3;" : "=f"(y) : "f"(a), "f"(b), "f"(c));
+    return y;
+}
+
+// PTX ISA, cvt.rn.bf16x2, cvt.rn.f16x2: two values in one register, `low` in the lower half.
+template <Dtype T>
+__device__ inline unsigned pack(float low, float high) {
+    unsigned y;
+    if constexpr (T == Dtype::bf16) {
+        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+    } else {
+        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+    }
+    return y;
+}
+
+// PTX ISA, cvt.f32.f16
+__device__ inline float from_half(unsigned short x) {
+    float y;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x));
+    return y;
+}
+
+}  // namespace sm90
+}  // namespace fa3
