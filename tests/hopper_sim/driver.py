@@ -7,7 +7,7 @@ import ctypes
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from .build import build
 
@@ -74,6 +74,15 @@ class Function:
         self.driver.call("cuLaunchKernelEx", ctypes.byref(config), self.handle, pointers, None)
 
 
+class Instruction(NamedTuple):
+    begin: int  # offsets in the PTX text
+    end: int
+    line: int
+    kernel: str
+    source: str  # "file:line < file:line", innermost first
+    text: str  # with its guard, without the semicolon
+
+
 class Driver:
     """The simulator with an initialised context."""
 
@@ -104,6 +113,19 @@ class Driver:
     def unsupported(self, ptx: str) -> list[str]:
         """Lines of a PTX text that the simulator cannot run, with the reason."""
         return self.library.hopper_sim_unsupported(ptx.encode()).decode().splitlines()
+
+    def instructions(self, ptx: str) -> list[Instruction]:
+        """The instructions of a PTX text in its order."""
+        self.library.hopper_sim_instructions.restype = ctypes.c_char_p
+        text = self.library.hopper_sim_instructions(ptx.encode())
+        if text is None:
+            raise ValueError(self.report()["messages"][-1])
+        found = []
+        for row in text.decode().splitlines():
+            offset, length, line, kernel, source = row.split("\t")
+            end = int(offset) + int(length)
+            found.append(Instruction(int(offset), end, int(line), kernel, source, ptx[int(offset) : end]))
+        return sorted(found, key=lambda instruction: instruction.begin)
 
     def register(self, address: int, size: int, name: str) -> None:
         self.library.hopper_sim_register(ctypes.c_void_p(address), ctypes.c_uint64(size), name.encode())

@@ -54,9 +54,11 @@ const Names<Setter> kSetters = {
     {"coresident", [](Config& c, const std::string& v) { number(c.coresident, v); }},
     {"quantum", [](Config& c, const std::string& v) { number(c.quantum, v); }},
     {"budget", [](Config& c, const std::string& v) { number(c.budget, v); }},
+    {"coverage", [](Config& c, const std::string& v) { number(c.coverage, v); }},
     {"check", [](Config& c, const std::string& v) { number(c.check, v); }},
     {"races", [](Config& c, const std::string& v) { number(c.races, v); }},
     {"uninitialized", [](Config& c, const std::string& v) { number(c.uninitialized, v); }},
+    {"quiet", [](Config& c, const std::string& v) { number(c.quiet, v); }},
     {"sticky", [](Config& c, const std::string& v) { number(c.sticky, v); }},
     {"fp8_acc", [](Config& c, const std::string& v) { number(c.fp8_accumulator_bits, v); }},
     {"sms", [](Config& c, const std::string& v) { number(c.sms, v); }},
@@ -77,9 +79,15 @@ void Config::apply(const std::string& options) {
         if (equal == std::string::npos || setter == kSetters.end())
             throw Error(kInvalidValue, "no such simulator option: " + option);
         setter->second(changed, option.substr(equal + 1));
-        changed.text += (changed.text.empty() ? "" : ",") + option;
+        changed.given[option.substr(0, equal)] = option.substr(equal + 1);
     }
     *this = changed;
+}
+
+std::string Config::text() const {
+    std::string out;
+    for (auto& [name, value] : given) out += (out.empty() ? "" : ",") + name + "=" + value;
+    return out.empty() ? "policy=eager" : out;
 }
 
 }  // namespace hopper_sim

@@ -2,6 +2,7 @@
 // What a test may choose: "policy=random,seed=3,coresident=2".
 #pragma once
 
+#include <map>
 #include <string>
 
 #include "base.h"
@@ -26,14 +27,18 @@ struct Config {
     u32 coresident = 1;  // clusters at once
     u32 quantum = 500;   // instructions a warp runs before the next has its turn
     u64 budget = 2'000'000'000;
-    bool check = true;  // hazards
+    bool coverage = false;  // count executions of each PTX line
+    bool check = true;      // hazards
     bool races = true;
     bool uninitialized = false;
     bool sticky = false;
+    bool quiet = false;            // messages only into the report
     u32 fp8_accumulator_bits = 0;  // 0: fp32
     u32 sms = 132;
 
-    std::string text;  // as given, for the replay line
+    std::map<std::string, std::string> given;  // the last value of each option
+    // As apply() takes it, for the replay line.
+    std::string text() const;
 
     // Changes the named options; "reset" restores the defaults first. Unknown options throw Error.
     void apply(const std::string& options);

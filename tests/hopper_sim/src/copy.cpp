@@ -69,6 +69,8 @@ void issue_load(Warp& w, const Instruction& i, AsyncOperation op, u64 smem, u64 
         fail(kLaunchFailed, w, i, format("multicast to block mask 0x%x", ctas));
     for (; ctas; ctas &= ctas - 1) {
         op.cta = cluster.ctas[static_cast<size_t>(__builtin_ctz(ctas))].get();
+        if (op.cta != w.cta && op.cta->live_warps == 0)
+            hazard(w, i, "peer-exit", "loads into the shared memory of a block that has left");
         issue(cluster, op);
     }
 }

@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "register_tags.h"
+
 namespace hopper_sim {
 
 namespace {
@@ -326,6 +328,7 @@ void Decoder::finish() {
     kernel_.code.push_back(end);
     resolve_branches();
     place_extern_arrays();
+    number_tagged_registers(kernel_);
     kernel_.register_image.assign(register_bytes_, 0xff);
     for (const ConstantSlot& c : constant_slots_) {
         u8* place = kernel_.register_image.data() + c.slot;

@@ -73,7 +73,7 @@ void* current_context() { return context_stack.empty() ? nullptr : context_stack
 
 Result refuse(Result code, const std::string& message) {
     driver().messages.push_back(message);
-    std::fprintf(stderr, "hopper_sim: %s\n", message.c_str());
+    if (!driver().config.quiet) std::fprintf(stderr, "hopper_sim: %s\n", message.c_str());
     return code;
 }
 

@@ -149,7 +149,7 @@ LaunchReport& new_report(const Kernel& kernel) {
     if (d.reports.size() >= kMaxReports) d.reports.pop_front();
     d.reports.emplace_back();
     d.reports.back().kernel = kernel.name;
-    d.reports.back().config = d.config.text;
+    d.reports.back().config = d.config.text();
     return d.reports.back();
 }
 
@@ -167,7 +167,7 @@ void launch_function(Function& f, LaunchShape shape, void** values, void** extra
             const Hazard& h = report.hazards.front();
             throw Error(kLaunchFailed, "hazard " + h.kind + ": " + h.message + "\n  " + h.where +
                                            (h.other.empty() ? "" : "\n  and " + h.other) +
-                                           "\n  replay: HOPPER_SIM=\"" + d.config.text + "\"");
+                                           "\n  replay: HOPPER_SIM=\"" + d.config.text() + "\"");
         }
     } catch (const Error& error) {
         report.result = error.code;

@@ -2,6 +2,7 @@
 // A grid: blocks and their start values, clusters in turn, the scheduler of warps, deadlocks.
 #include <algorithm>
 #include <cstring>
+#include <map>
 #include <numeric>
 
 #include "decode.h"
@@ -115,6 +116,7 @@ void start_warp(Cta& cta, u32 id, u8* registers) {
     w.copy_agent = agents.add(&w);
     w.wgmma_agent = id % 4 == 0 ? agents.add(&w) : cta.warps[id / 4 * 4].wgmma_agent;
     w.next_epoch();
+    if (cta.grid().config.check) w.tags.resize(kernel.tagged_registers);
     w.splits.push_back({0, w.alive, false, {}});
     w.register_count = launch_registers(kernel, cta.threads());
     std::memcpy(registers, kernel.register_image.data(), kernel.register_image.size());
@@ -253,11 +255,24 @@ class Scheduler {
     std::string waits() const {
         std::string text;
         for (auto& cluster : active_)
-            for (auto& cta : cluster->ctas)
-                for (const Warp& w : cta->warps)
-                    for (const Split& split : w.splits)
-                        text += "\n  " + place(w, grid_.kernel->code[split.pc]) +
-                                format("\n    lanes 0x%x: ", split.mask) + describe_wait(w, split);
+            for (auto& cta : cluster->ctas) text += waits(*cta);
+        return text;
+    }
+
+    // What the warps of a block wait for; those that wait for the same in one paragraph.
+    std::string waits(const Cta& cta) const {
+        std::string text;
+        std::map<std::pair<u32, std::string>, std::vector<const Warp*>> groups;
+        for (const Warp& w : cta.warps)
+            for (const Split& split : w.splits)
+                groups[{split.pc, format("lanes 0x%x: ", split.mask) + describe_wait(w, split)}]
+                    .push_back(&w);
+        for (auto& [what, warps] : groups) {
+            text += "\n  " + place(*warps.front(), grid_.kernel->code[what.first]);
+            if (warps.size() > 1) text += "\n    and warps";
+            for (size_t n = 1; n < warps.size(); ++n) text += format(" %u", warps[n]->id);
+            text += "\n    " + what.second;
+        }
         return text;
     }
 
@@ -284,14 +299,20 @@ void launch(const Kernel& kernel, const LaunchShape& shape, const u8* parameters
     grid.smem_names = smem_names;
     grid.report = &report;
     grid.random.seed(config.seed);
+    if (config.coverage) grid.coverage.resize(kernel.code.size());
     Scheduler scheduler(grid);
+    auto finish = [&] {
+        report.statistics.warp_instructions = scheduler.instructions();
+        for (size_t n = 0; n < grid.coverage.size(); ++n)
+            report.statistics.coverage[kernel.code[n].line] += grid.coverage[n];
+    };
     try {
         scheduler.run();
     } catch (...) {
-        report.statistics.warp_instructions = scheduler.instructions();
+        finish();
         throw;
     }
-    report.statistics.warp_instructions = scheduler.instructions();
+    finish();
 }
 
 }  // namespace hopper_sim

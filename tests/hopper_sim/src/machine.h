@@ -13,6 +13,7 @@
 #include "config.h"
 #include "order.h"
 #include "program.h"
+#include "register_tags.h"
 #include "report.h"
 #include "shadow.h"
 
@@ -79,7 +80,8 @@ struct Warp {
 
     WgmmaGroup wgmma_open;
     std::deque<WgmmaGroup> wgmma_committed;
-    u64 wgmma_issued = 0, wgmma_groups = 0;
+    u64 wgmma_issued = 0, wgmma_groups = 0, wgmma_completed = 0, wgmma_fences = 0;
+    std::vector<RegisterTag> tags;
     u64 instructions = 0;
 
     Order order;
@@ -172,6 +174,7 @@ struct Cta {
     NamedBarrier named_barriers[16];
     std::unordered_map<u64, SharedOperand> shared_operands[32];  // by warpgroup, wgmma number
     std::vector<Warp> warps;
+    std::vector<Touch> remote;  // the last accesses of other blocks, one a warp
     u32 live_warps = 0;
     s64 register_pool = 0;
 
@@ -213,6 +216,7 @@ struct Grid {
     std::vector<NamedRange> smem_names;
     LaunchReport* report = nullptr;
     std::mt19937_64 random;
+    std::vector<u64> coverage;  // by instruction; empty if not asked for
 
     u64 draw(u64 bound) { return random() % bound; }
 };

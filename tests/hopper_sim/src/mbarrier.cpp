@@ -2,6 +2,7 @@
 #include "mbarrier.h"
 
 #include "decode.h"
+#include "exit_checks.h"
 #include "memory.h"
 
 namespace hopper_sim {
@@ -102,6 +103,7 @@ Step arrive(Warp& w, const Instruction& i, u32 mask) {
         Mbarrier& barrier = mbarrier_at(w, i, address);
         u64 place = shared_address(i, address);
         check_init(w, i, barrier, place & kOffsetMask, place >> kRankShift != w.cta->rank);
+        note_remote(w, i, *w.cta->cluster->ctas[place >> kRankShift]);
         if (i.has_dst) w.reg<u64>(i.dst)[lane] = barrier.phase;
         u32 operand = i.option ? w.reg<u32>(i.a)[lane] : 1;
         if (i.variant == kArriveExpect || i.variant == kExpectOnly) expect(w, i, barrier, operand);

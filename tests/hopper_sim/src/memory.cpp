@@ -6,6 +6,7 @@
 
 #include "allocation.h"
 #include "decode.h"
+#include "exit_checks.h"
 
 namespace hopper_sim {
 
@@ -81,6 +82,7 @@ u8* locate(Warp& w, const Instruction& i, u64 address, u32 bytes, u32 lane, Acce
     }
     if (space == Space::shared) {
         SharedPlace at = shared_place(w, i, address, bytes);
+        if (at.cta != w.cta) note_remote(w, i, *at.cta);
         if (at.cta->shadow) note(*at.cta->shadow, w, i, at.offset, bytes, lane, access);
         return at.cta->smem.get() + at.offset;
     }

@@ -36,9 +36,10 @@ struct Instruction {
     bool guard_negated = false;
     Flow flow = Flow::plain;
     Role role = Role::other;
-    bool writes_wgmma_register = false;
-    u32 target = 0;       // branch
-    u32 member_mask = 0;  // slot, Flow::masked
+    bool has_tag_copy = false;  // a mov of one register to another
+    bool is_tagged = false;     // uses registers of wgmma, but is none
+    u32 target = 0;             // branch
+    u32 member_mask = 0;        // slot, Flow::masked
     // Memory operands: [base + offset], `data` elements of `bytes` in registers of
     // `register_bytes`.
     Space space = Space::generic;
@@ -49,8 +50,9 @@ struct Instruction {
     s64 offset = 0, immediate = 0;
     std::vector<u32> data, data2;    // { } operands
     std::vector<u32> reads, writes;  // all register slots, for the checks on registers
-    u32 line = 0;                    // in the PTX text
-    s32 source = -1;                 // index into Module::positions
+    std::vector<u32> tagged_reads, tagged_writes;  // of them, those numbered in register_tags.h
+    u32 line = 0;                                  // in the PTX text
+    s32 source = -1;                               // index into Module::positions
     std::string_view text;
 };
 
@@ -94,6 +96,7 @@ struct Kernel {
     u32 max_threads = 0, min_blocks = 0, max_registers = 0;
     u32 cluster[3] = {0, 0, 0};  // .reqnctapercluster
     u32 largest_setmaxnreg = 0;
+    u32 tagged_registers = 0;
     std::vector<Instruction> code;
     std::vector<u8> register_image;  // constants in place, the rest 0xff
     std::vector<StartValue> start_values;

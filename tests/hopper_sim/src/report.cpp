@@ -39,7 +39,8 @@ std::string json_statistics(const Statistics& s) {
            field("tma_bytes_out", s.tma_bytes_out) + field("multicast_bytes", s.multicast_bytes) +
            field("barrier_waits", s.barrier_waits) + field("bank_conflicts", s.bank_conflicts) +
            "\"async_sites\": " + json_counts(s.async_sites) +
-           ", \"blocked\": " + json_counts(s.blocked) + "}";
+           ", \"blocked\": " + json_counts(s.blocked) +
+           ", \"coverage\": " + json_counts(s.coverage) + "}";
 }
 
 std::string json_hazard(const Hazard& h) {

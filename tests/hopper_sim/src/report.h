@@ -32,6 +32,7 @@ struct Statistics {
     u64 bank_conflicts = 0;
     std::map<u32, u64> async_sites;  // PTX line -> operations issued
     std::map<u32, u64> blocked;      // PTX line -> times a warp had to wait there
+    std::map<u32, u64> coverage;     // PTX line -> executions by a warp, if asked for
 };
 
 struct LaunchReport {

@@ -2,6 +2,7 @@
 // The interpreter: splits of a warp, lowest program counter first.
 #include <algorithm>
 
+#include "exit_checks.h"
 #include "machine.h"
 
 namespace hopper_sim {
@@ -53,7 +54,10 @@ enum class Outcome { next, blocked, resched };
 class Runner {
   public:
     Runner(Warp& warp, u32 quantum)
-        : w_(warp), code_(warp.cta->grid().kernel->code.data()), quantum_(quantum) {}
+        : w_(warp),
+          code_(warp.cta->grid().kernel->code.data()),
+          coverage_(warp.cta->grid().coverage.data()),
+          quantum_(quantum) {}
 
     RunResult run() {
         for (Split& split : w_.splits) split.blocked = false;
@@ -89,6 +93,7 @@ class Runner {
             }
             ++w_.instructions;
             --quantum_;
+            if (coverage_ && mask) ++coverage_[pc_of(i)];
             if (outcome == Outcome::resched) return;
             split.pc = ++pc;
             if (pc >= meeting) return;
@@ -97,13 +102,14 @@ class Runner {
 
     Outcome plain(const Instruction& i, u32 mask) {
         if (mask == 0) return Outcome::next;
+        if (i.is_tagged && !w_.tags.empty()) check_tagged_registers(w_, i);
         return i.run(w_, i, mask) == Step::block ? Outcome::blocked : Outcome::next;
     }
 
     Outcome special(const Instruction& i, u32 mask, size_t chosen, u32& pc) {
         if (i.flow == Flow::branch) return branch(i, mask, chosen, pc);
         if (mask == 0) return Outcome::next;
-        if (i.flow == Flow::exit) return exit(mask, chosen);
+        if (i.flow == Flow::exit) return exit(i, mask, chosen);
         if (u32 missing = missing_lanes(w_, i, mask)) {
             w_.wait_for(Wait::lanes, missing);
             return Outcome::blocked;
@@ -128,17 +134,22 @@ class Runner {
         return Outcome::resched;
     }
 
-    Outcome exit(u32 mask, size_t chosen) {
+    Outcome exit(const Instruction& i, u32 mask, size_t chosen) {
+        check_lane_exit(w_, i, mask);
         w_.alive &= ~mask;
         Split& split = w_.splits[chosen];
         split.mask &= ~mask;
         if (split.mask) return Outcome::next;
         w_.splits.erase(w_.splits.begin() + static_cast<long>(chosen));
+        if (w_.splits.empty() && w_.cta->live_warps == 1) check_block_exit(w_, i);
         return Outcome::resched;
     }
 
+    u32 pc_of(const Instruction& i) const { return static_cast<u32>(&i - code_); }
+
     Warp& w_;
     const Instruction* code_;
+    u64* coverage_;
     u32 quantum_;
 };
 

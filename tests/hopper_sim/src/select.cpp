@@ -188,6 +188,7 @@ void decode_mov(Decode& d) {
     d.i.role = Role::move;
     d.i.a = d.read(1, bytes);
     d.i.dst = d.write(0, bytes);
+    d.i.has_tag_copy = d.width(d.args[1], 0) != 0;
     d.i.run = bytes == kPredicate ? move_predicate
               : bytes == 2        ? move<u16>
               : bytes == 4        ? move<u32>

@@ -194,12 +194,16 @@ Step multiply(Warp& w, const Instruction& i, u32 mask) {
     ++statistics.wgmma;
     statistics.macs += static_cast<u64>(kWarpRows) * shape.n * shape.k;
     if (b.users == 4) w.cta->shared_operands[w.id / 4].erase(w.wgmma_issued);
+    use_tagged_registers(w, i);
     ++w.wgmma_issued;
     w.wgmma_open.push_back(std::move(operation));
     return Step::next;
 }
 
-Step fence(Warp&, const Instruction&, u32) { return Step::next; }
+Step fence(Warp& w, const Instruction&, u32) {
+    ++w.wgmma_fences;
+    return Step::next;
+}
 
 Step commit(Warp& w, const Instruction&, u32) {
     w.wgmma_committed.push_back(std::move(w.wgmma_open));
@@ -219,6 +223,7 @@ Step wait_group(Warp& w, const Instruction& i, u32) {
             return w.wait_for(Wait::wgmma_group, static_cast<u32>(i.immediate), n);
     }
     while (static_cast<s64>(w.wgmma_committed.size()) > i.immediate) w.wgmma_committed.pop_front();
+    if (target > 0) w.wgmma_completed = std::max(w.wgmma_completed, static_cast<u64>(target));
     if (target > 0) w.order.seen.raise(w.wgmma_agent, static_cast<u32>(target));
     return Step::next;
 }
