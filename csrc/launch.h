@@ -26,7 +26,7 @@ inline void launch_raw(const Function& function, const LaunchShape& shape, CUstr
     config.sharedMemBytes = function.abi.smem_bytes;
     config.hStream = stream;
     config.attrs = attributes.data();
-    if (const auto [x, y, z] = shape.cluster; x * y * z > 1) {
+    if (const auto [x, y, z] = shape.cluster; x * y * z != 1) {
         CUlaunchAttribute& attribute = attributes[config.numAttrs++];
         attribute.id = CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
         attribute.value.clusterDim = {x, y, z};

@@ -10,15 +10,17 @@ namespace {
 constexpr int kDefaultSmemBytes = 48 * 1024;  // above it, a function needs an attribute
 
 void refuse_capture(const std::string& kernel, CUstream stream) {
-    CUstreamCaptureStatus status;
-    FA3_DRIVER(cuStreamIsCapturing, (stream, &status),
-               "asking whether the stream is being captured");
-    if (status != CU_STREAM_CAPTURE_STATUS_NONE) {
+    CUstreamCaptureStatus status = CU_STREAM_CAPTURE_STATUS_NONE;
+    const CUresult result = driver().cuStreamIsCapturing(stream, &status);
+    // The legacy stream cannot be asked while another one is being captured.
+    if (result == CUDA_ERROR_STREAM_CAPTURE_IMPLICIT || status != CU_STREAM_CAPTURE_STATUS_NONE) {
         throw UnsupportedError(concat(
             "flash_attn3: ", kernel,
             " would be loaded inside the capture of a CUDA graph; run "
             "flash_attn3.warmup(fn, *args) once, with the same arguments, before the capture"));
     }
+    if (result != CUDA_SUCCESS)
+        throw_driver_error("cuStreamIsCapturing", result, concat("before loading ", kernel));
 }
 
 AbiStamp read_stamp(CUmodule module, const std::string& kernel) {
