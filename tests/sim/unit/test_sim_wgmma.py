@@ -231,7 +231,6 @@ def test_steps_along_k_inside_the_swizzle(driver: Driver, step: int) -> None:
         def descriptor(self, start: int) -> int:
             return super().descriptor(start) + 2 * step
 
-    where = Shifted(128, False, leading=16, stride=1024)
     columns = slice(16 * step, 16 * step + 16)
     got = multiply(driver, a, b, c, "bf16", *[Shifted(128, False, leading=16, stride=1024)] * 2)
     assert torch.equal(got, a[:, columns].float() @ b[:, columns].float().T)
