@@ -40,15 +40,20 @@ class Variant:
 
     def stub(self) -> str:
         """The whole source of the kernel: its configuration between two includes."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        enums = {name: f"{_ENUMS[name]}::{values[name]}" for name in _ENUMS.keys() & values.keys()}
-        settings = ", ".join(f".{name} = {value}" for name, value in (values | enums).items())
+        settings = ", ".join(f".{field.name} = {self._literal(field.name)}" for field in fields(self))
         return (
             f'#include "{self.operation}.cuh"\n'
             "using namespace fa3;\n"
             f"constexpr {self.config} kConfig{{{settings}}};\n"
             f'#include "{self.operation}_entry.cuh"\n'
         )
+
+    def _literal(self, field: str) -> str:
+        """The value of a field in C++."""
+        value = getattr(self, field)
+        if field in _ENUMS:
+            return f"{_ENUMS[field]}::{value}"
+        return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 @dataclass(frozen=True)
@@ -63,12 +68,13 @@ class FwdVariant(Variant):
     block_n: int = 128  # keys of a tile
     stages: int = 2  # tiles of K, and of V, in shared memory
     kv_source: str = "tma"
+    ping_pong: bool = True  # consumer warpgroups take turns at the tensor cores
 
     @property
     def name(self) -> str:
         return (
             f"fwd_{self.dtype}_d{self.head_dim}_v{self.head_dim_v}_m{self.block_m}_n{self.block_n}"
-            f"_s{self.stages}_{self.kv_source}"
+            f"_s{self.stages}_{self.kv_source}" + "_pp" * self.ping_pong
         )
 
 

@@ -70,7 +70,8 @@ def _compile(variant: Variant) -> Artifact:
         return _uncached(variant)
     try:
         folder = cache.private_folder(_cache_folder(), env.home())
-        return cache.fetch(folder, key(variant), variant.name, functools.partial(build_into, variant))
+        expected = key(variant)
+        return cache.fetch(folder, expected, variant.name, functools.partial(_build_as, expected, variant))
     except OSError as error:
         _warn_uncached(str(error))
         return _uncached(variant)
@@ -100,6 +101,12 @@ def build_into(variant: Variant, folder: Path) -> None:
     seconds = time.perf_counter() - start
     source.with_suffix(".log").write_text(log)
     seal(folder, variant.name, parse(log, seconds))
+
+
+def _build_as(expected: str, variant: Variant, folder: Path) -> None:
+    build_into(variant, folder)
+    if key(variant) != expected:
+        raise ToolchainError(f"flash_attn3: the sources of {variant.name} were changed while it was compiled")
 
 
 def _cache_folder() -> Path:

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from .. import env
+
 ARCH = "sm_90a"
 FLAGS = ("-std=c++20", "-DNDEBUG", "-DCUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED", "-lineinfo", f"-arch={ARCH}")
 MIN_CUDA = (12, 3)  # the first with every wgmma shape and with class types as template parameters
@@ -23,3 +25,10 @@ def relative_paths(ptx: str, includes: Sequence[Path]) -> str:
     for folder in includes:
         ptx = ptx.replace(f'"{folder.resolve()}/', '"').replace(f'"{folder}/', '"')
     return ptx
+
+
+def cuda_headers() -> Path | None:
+    """The folder of cuda.h, which the extension is compiled with: of a toolkit, or of nvidia-cuda-runtime."""
+    toolkits = [folder for folder in (env.path("CUDA_HOME"), Path("/usr/local/cuda")) if folder]
+    folders = [folder / "include" for folder in (*toolkits, *pip_folders())]
+    return next((folder for folder in folders if (folder / "cuda.h").is_file()), None)

@@ -254,3 +254,22 @@ def test_changed_while_it_was_built(tmp_path) -> None:
 
     with pytest.raises(ToolchainError, match="was changed in"):
         cache.fetch(tmp_path, KEY, "kernel", tamper)
+
+
+def test_sources_edited_while_they_are_compiled(root, builds, tmp_path, monkeypatch) -> None:
+    """Which text the compiler has read is unknown then: nothing is kept under the key of either."""
+    edited = tmp_path / "kernels"
+    shutil.copytree(toy.FOLDER, edited)
+    monkeypatch.setattr(sources, "kernel_folder", lambda: edited)
+
+    def build_into(variant: build.Variant, folder: Path) -> None:
+        builds.build_into(variant, folder)
+        with (edited / "toy.cuh").open("a") as file:
+            file.write("// edited\n")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "build_into", build_into)
+        with pytest.raises(ToolchainError, match="sources of toy_t128_s65536 were changed while it was compiled"):
+            build.obtain(ToyVariant())
+    assert build.find(ToyVariant()) is None
+    assert build.obtain(ToyVariant()).cubin == b"whole"

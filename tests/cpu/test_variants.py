@@ -48,8 +48,8 @@ def test_every_variant_is_found_by_its_name() -> None:
 def test_names_tell_variants_apart_by_every_field(variant: variants.Variant) -> None:
     for field in dataclasses.fields(variant):
         value = getattr(variant, field.name)
-        other = dataclasses.replace(variant, **{field.name: value + 8 if isinstance(value, int) else value + "x"})
-        assert other.name != variant.name
+        change = not value if isinstance(value, bool) else value + 8 if isinstance(value, int) else value + "x"
+        assert dataclasses.replace(variant, **{field.name: change}).name != variant.name
 
 
 def test_stub_holds_the_configuration_between_two_includes() -> None:
@@ -63,8 +63,17 @@ def test_stub_holds_the_configuration_between_two_includes() -> None:
 
 
 def test_enumerations_are_qualified_in_the_stub() -> None:
-    stub = variants.FwdVariant("fp16", 64, 64).stub()
-    assert ".dtype = Dtype::fp16" in stub and ".kv_source = KvSource::tma" in stub
+    stub = variants.FwdVariant("fp16", 64, 64, ping_pong=False).stub()
+    assert ".dtype = Dtype::fp16" in stub and ".kv_source = KvSource::tma" in stub and ".ping_pong = false" in stub
+
+
+@pytest.mark.parametrize("kind", {type(variant) for variant in variants.all_variants()})
+def test_fields_are_those_of_the_configuration_in_their_order(kind: type[variants.Variant]) -> None:
+    """Else the kernel would have a choice that the list of variants does not know."""
+    text = (ROOT / "hopper" / "config.h").read_text()
+    body = re.search(rf"struct {kind.config} {{(.*?)\n}};", text, re.DOTALL)[1]
+    members = re.findall(r"^ {4}(?:\w+) (\w+)(?: = [\w:]+)?;", body, re.MULTILINE)
+    assert members == [field.name for field in dataclasses.fields(kind)]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -6,7 +6,6 @@ from __future__ import annotations
 import ctypes
 import importlib
 import itertools
-import os
 import shutil
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from types import ModuleType
 
 import flash_attn3
 from flash_attn3 import extension
+from flash_attn3.build.options import cuda_headers
 from tests import hopper_sim
 
 VARIABLE = "FLASH_ATTN3_LIBCUDA"
@@ -68,15 +68,9 @@ class Recorder:
 
 def compile_library(source: str | Path, target: Path, *, linked: tuple[Path, ...] = ()) -> Path:
     command = [hopper_sim.compiler(), *FLAGS, "-x", "c++", str(source), "-x", "none", "-o", str(target)]
-    command += [f"-I{folder}" for folder in cuda_headers()] + list(map(str, linked))
+    command += [f"-I{cuda_headers()}", *map(str, linked)]
     subprocess.run(command, check=True)
     return target
-
-
-def cuda_headers() -> list[Path]:
-    """Folders that may hold cuda.h, as in setup.py."""
-    toolkits = [Path(home, "include") for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if home]
-    return toolkits + [folder for entry in sys.path for folder in Path(entry, "nvidia").glob("*/include")]
 
 
 def together(count: int, run: Callable[[int], object]) -> None:

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Every kernel of the package, compiled into the user's cache: what the compiler says, what the kernel says of itself.
+
+None of it needs a GPU; kernels that fail here would be slow, or would be launched with the wrong sizes.
+"""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from flash_attn3 import build, variants
+from flash_attn3.build import nvcc, report, sources
+from flash_attn3.build.options import cuda_headers
+
+MAX_SMEM = 232448  # bytes that a block can have
+REGISTERS = 65536  # of a multiprocessor
+PARAMETERS = {"fwd": "fa3::FwdParams"}
+
+
+@pytest.fixture(scope="module", params=variants.all_variants(), ids=lambda variant: variant.name)
+def kernel(request: pytest.FixtureRequest) -> tuple[variants.Variant, build.Artifact]:
+    return request.param, build.obtain(request.param)
+
+
+def stamp(ptx: bytes) -> tuple[int, ...]:
+    """fa3_abi: bytes of parameters, threads, bytes of shared memory, query rows of a tile."""
+    text = re.search(rb"\.const \.align 4 \.b8 fa3_abi\[16\] = {(.*?)}", ptx)[1]
+    content = bytes(map(int, text.split(b","))).ljust(16, b"\0")
+    return tuple(int.from_bytes(content[i : i + 4], "little") for i in range(0, 16, 4))
+
+
+def test_gates(kernel) -> None:
+    _, made = kernel
+    assert made.report.complaints == ()
+    assert made.report.spill_bytes == 0 and made.report.stack_bytes <= report.MAX_STACK
+    _, threads, _, _ = stamp(made.ptx)
+    assert made.report.registers * threads <= REGISTERS
+
+
+def test_stamp(kernel) -> None:
+    variant, made = kernel
+    _, threads, smem_bytes, block_m = stamp(made.ptx)
+    assert threads % 128 == 0 and 128 <= threads <= 1024
+    assert 0 < smem_bytes <= MAX_SMEM
+    assert block_m == variant.block_m
+
+
+def test_host_and_device_see_the_same_parameters(kernel, tmp_path) -> None:
+    """The launcher is compiled by g++, the kernel by nvcc, from one header."""
+    variant, made = kernel
+    text = f'#include "params.h"\nstatic_assert(sizeof({PARAMETERS[variant.operation]}) == {stamp(made.ptx)[0]});\n'
+    (tmp_path / "size.cpp").write_text(text)
+    search = [f"-I{folder}" for folder in (sources.kernel_folder(), cuda_headers())]
+    nvcc.run(["g++", "-std=c++20", "-fsyntax-only", *search, tmp_path / "size.cpp"], tmp_path)
+
+
+def test_source_lines_are_those_of_the_kernels(kernel) -> None:
+    """Reports of the simulator and of profilers name them."""
+    variant, made = kernel
+    assert f'"{variant.operation}.cuh"'.encode() in made.ptx
+    assert variant.entry.encode() in made.ptx
+
+
+def test_every_operation_is_here() -> None:
+    assert {variant.operation for variant in variants.all_variants()} == PARAMETERS.keys()
+
+
+def test_a_spill_would_be_seen(kernel) -> None:
+    """The reports above are not empty for lack of a log."""
+    _, made = kernel
+    spilled = made.log.replace("0 bytes spill stores", "8 bytes spill stores")
+    assert report.parse(made.log, 0.0).registers == made.report.registers > 0
+    assert report.parse(spilled, 0.0).complaints == ("8 bytes spilled",)
