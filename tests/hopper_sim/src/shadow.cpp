@@ -15,6 +15,8 @@ u8 byte_mask(u32 word, u32 offset, u32 bytes) {
     return static_cast<u8>(((1u << (last - first)) - 1) << (first - word * kWord));
 }
 
+u8 half_mask(u32 offset) { return offset % kPieceBytes < 8 ? 1 : 2; }
+
 std::string opcode(const Instruction& i) {
     std::string_view text = i.text;
     if (text[0] == '@') text = text.substr(text.find_first_of(" \t") + 1);
@@ -45,6 +47,12 @@ Shadow::Shadow(Cta& cta, u32 bytes, bool races)
       races_(races),
       pieces_(bytes / kPieceBytes + 1),
       words_(pieces_.size() * kWordsOfPiece) {}
+
+void Shadow::set_mbarrier(u32 offset, bool live) {
+    u8& halves = pieces_[offset / kPieceBytes].mbarriers;
+    u8 half = half_mask(offset);
+    halves = live ? halves | half : halves & ~half;
+}
 
 void Shadow::check_load(Warp& w, const Instruction& i, u32 piece, const char* verb) {
     const Touch& load = pieces_[piece].write;
@@ -154,7 +162,7 @@ void Shadow::write(Warp& w, const Instruction& i, u32 offset, u32 bytes, u8 lane
         Piece& piece = pieces_[index];
         check_load(w, i, index, "overwrites");
         check_readers(w, i, index);
-        if (piece.mbarrier)
+        if (piece.mbarriers & half_mask(word * kWord))
             hazard(w, i, "mbarrier", "a store overwrites the mbarrier at " + cta_.name_of(offset));
         as.bytes = byte_mask(word, offset, bytes);
         Word& state = words_[word];
@@ -187,10 +195,10 @@ void Shadow::synchronise(Warp& w, const Instruction& i, u32 offset, bool reads, 
     piece.unread = false;
 }
 
-void Shadow::async_read(Warp& w, const Instruction& i, u32 index, Touch as) {
+void Shadow::async_read(Warp& w, const Instruction& i, u32 index, Touch as, bool garbage) {
     Piece& piece = pieces_[index];
     check_load(w, i, index, "reads");
-    if (!piece.written)
+    if (!piece.written && !garbage)
         hazard(w, i, "uninitialized",
                opcode(i) + " reads shared " + cta_.name_of(index * kPieceBytes) +
                    ", which nobody has written");
@@ -215,19 +223,19 @@ void Shadow::async_read(Warp& w, const Instruction& i, u32 index, Touch as) {
 void Shadow::replace(Piece& piece, u32 index, Touch as, bool copied) {
     if (piece.generic)
         for (u32 n = 0; n < kWordsOfPiece; ++n) words_[index * kWordsOfPiece + n] = {};
-    bool mbarrier = piece.mbarrier;
+    u8 mbarriers = piece.mbarriers;
     piece = {};
     piece.write = as;
     piece.written = piece.unread = true;
     piece.copied = copied;
-    piece.mbarrier = mbarrier;
+    piece.mbarriers = mbarriers;
 }
 
 void Shadow::async_write(Warp& w, const Instruction& i, u32 index, Touch as) {
     Piece& piece = pieces_[index];
     check_load(w, i, index, "overwrites");
     check_readers(w, i, index);
-    if (piece.mbarrier)
+    if (piece.mbarriers)
         hazard(w, i, "mbarrier",
                "a load overwrites the mbarrier at " + cta_.name_of(index * kPieceBytes));
     if (piece.unread && piece.write && w.has_seen(piece.write))

@@ -23,14 +23,15 @@ class Shadow {
     void write(Warp& w, const Instruction& i, u32 offset, u32 bytes, u8 lane, bool harmless);
     // An access by which warps synchronise: it races with plain ones only.
     void synchronise(Warp& w, const Instruction& i, u32 offset, bool reads, bool writes);
-    // 16 bytes by wgmma or a bulk copy. `as` is what later accesses must have seen.
-    void async_read(Warp& w, const Instruction& i, u32 piece, Touch as);
+    // 16 bytes by wgmma or a bulk copy. `as` is what later accesses must have seen. `garbage`: they
+    // need not have been written (rows of A reach no other row of the result).
+    void async_read(Warp& w, const Instruction& i, u32 piece, Touch as, bool garbage = false);
     void async_write(Warp& w, const Instruction& i, u32 piece, Touch as);
     // cp.async: asynchronous, but in the generic proxy.
     void copy_write(Warp& w, const Instruction& i, u32 piece, Touch as);
     // Another warp of the wgmma that read these pieces: it must have seen their loads as well.
     void check_loads(Warp& w, const Instruction& i, const std::vector<u32>& pieces);
-    void set_mbarrier(u32 offset, bool live) { pieces_[offset / kPieceBytes].mbarrier = live; }
+    void set_mbarrier(u32 offset, bool live);
     // A load that nobody has read, when the block ends.
     const Touch* unread_load() const;
 
@@ -40,7 +41,8 @@ class Shadow {
         Touch write;  // by a load or cp.async
         Touch reads[kReaders];
         bool generic = false;  // words_ hold accesses since the last asynchronous write
-        bool written = false, unread = false, copied = false, mbarrier = false;
+        bool written = false, unread = false, copied = false;
+        u8 mbarriers = 0;  // the halves that hold one, a bit each
     };
     struct Word {
         Touch write, read;

@@ -148,7 +148,7 @@ void check_operands(Warp& w, const Instruction& i, const std::vector<u32>& a,
     Touch as = w.access(i, kSeveralLanes);
     as.agent = w.wgmma_agent;
     as.epoch = static_cast<u32>(w.wgmma_groups) + 1;
-    for (u32 piece : a) shadow->async_read(w, i, piece, as);
+    for (u32 piece : a) shadow->async_read(w, i, piece, as, true);
     if (b.users > 1) return shadow->check_loads(w, i, b.pieces);
     for (u32 piece : b.pieces) shadow->async_read(w, i, piece, as);
 }
