@@ -19,6 +19,7 @@ from .common import (
     clamp,
     load_clamped,
     note,
+    rounded,
     sequence_extent,
 )
 from .config import block_dim
@@ -104,7 +105,7 @@ def append_rows(
         if cache.dtype.element_ty == tl.uint8:
             tl.store(target, narrow(value), mask=target_mask)
         else:
-            tl.store(target, value.to(cache.dtype.element_ty), mask=target_mask)
+            tl.store(target, rounded(value, cache.dtype.element_ty), mask=target_mask)
 
 
 @triton.jit(do_not_specialize=["rows_new", "rows_cache", "capacity", "num_pages", "seqlen_rotary", "num_parts"])
@@ -324,7 +325,7 @@ def rotary_q_kernel(
         )
         offset = batch64 * stride_out[0] + token64 * stride_out[1] + head * stride_out[2]
         mask_out = mask[:, None] & (column < HEAD_DIM)[None, :]
-        tl.store(out + offset[:, None] + column[None, :], value.to(out.dtype.element_ty), mask=mask_out)
+        tl.store(out + offset[:, None] + column[None, :], rounded(value, out.dtype.element_ty), mask=mask_out)
 
 
 def rotary_q(

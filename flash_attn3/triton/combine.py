@@ -7,14 +7,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import LOG2_E
+from .common import LOG2_E, rounded
 from .config import block_dim
 
 BLOCK_SPLITS = 16  # a constant, so that more (empty) splits never change the order of a sum
 BLOCK_ROWS = 16
+BLOCK_ELEMENTS = 512  # of one split
 
 
-@triton.jit(do_not_specialize=["num_splits", "seqlen", "num_heads"])
+@triton.jit
+def place(index, seqlen, num_heads):
+    """(batch, row, head) of a row's `index`, which counts heads first."""
+    return index // num_heads // seqlen, index // num_heads % seqlen, index % num_heads
+
+
+@triton.jit(do_not_specialize=["num_splits", "num_rows", "seqlen", "num_heads"])
 def combine_kernel(
     out_partial,
     lse_partial,
@@ -25,45 +32,50 @@ def combine_kernel(
     stride_out,  # (b, s, h, d)
     stride_lse,  # (b, s, h)
     num_splits,
+    num_rows,
     seqlen,
     num_heads,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
     BLOCK_SPLITS: tl.constexpr,
 ):
-    program = tl.program_id(0)
-    head = (program % num_heads).to(tl.int64)
-    row = (program // num_heads % seqlen).to(tl.int64)
-    batch = (program // num_heads // seqlen).to(tl.int64)
+    index = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    exists = index < num_rows
+    batch, row, head = place(index, seqlen, num_heads)
     column = tl.arange(0, BLOCK_D)
-    out_partial += batch * stride_out_partial[1] + row * stride_out_partial[2] + head * stride_out_partial[3]
-    lse_partial += batch * stride_lse_partial[1] + row * stride_lse_partial[2] + head * stride_lse_partial[3]
+    out_partial += (batch * stride_out_partial[1] + row * stride_out_partial[2] + head * stride_out_partial[3])[:, None]
+    lse_partial += (batch * stride_lse_partial[1] + row * stride_lse_partial[2] + head * stride_lse_partial[3])[:, None]
+    column_offset = (column * stride_out_partial[4])[None, None, :]
 
-    lse_max = float("-inf")
-    total = 0.0
-    acc = tl.zeros((BLOCK_D,), tl.float32)
+    lse_max = tl.full((BLOCK_ROWS,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_ROWS,), tl.float32)
+    acc = tl.zeros((BLOCK_ROWS, BLOCK_D), tl.float32)
     for first in range(0, num_splits, BLOCK_SPLITS):
         split = first + tl.arange(0, BLOCK_SPLITS)
-        split64 = split.to(tl.int64)
-        split_lse = tl.load(lse_partial + split64 * stride_lse_partial[0], mask=split < num_splits, other=float("-inf"))
-        mask = (split_lse != float("-inf"))[:, None] & (column < HEAD_DIM)[None, :]  # the rest is not looked at
-        offset = split64[:, None] * stride_out_partial[0] + column[None, :] * stride_out_partial[4]
-        split_out = tl.load(out_partial + offset, mask=mask, other=0.0)
-        new_max = tl.maximum(lse_max, tl.max(split_lse, 0))
+        split64 = split.to(tl.int64)[None, :]
+        mask = exists[:, None] & (split < num_splits)[None, :]
+        split_lse = tl.load(lse_partial + split64 * stride_lse_partial[0], mask=mask, other=float("-inf"))
+        # What weighs nothing is not looked at.
+        mask = (split_lse != float("-inf"))[:, :, None] & (column < HEAD_DIM)[None, None, :]
+        split_rows = out_partial + split64 * stride_out_partial[0]
+        split_out = tl.load(split_rows[:, :, None] + column_offset, mask=mask, other=0.0)
+        new_max = tl.maximum(lse_max, tl.max(split_lse, 1))
         shift = tl.where(new_max == float("-inf"), 0.0, new_max)
-        weight = tl.exp2((split_lse - shift) * LOG2_E)
+        weight = tl.exp2((split_lse - shift[:, None]) * LOG2_E)
         alpha = tl.exp2((lse_max - shift) * LOG2_E)
-        acc = acc * alpha + tl.sum(weight[:, None] * split_out, 0)
-        total = total * alpha + tl.sum(weight, 0)
+        acc = acc * alpha[:, None] + tl.sum(weight[:, :, None] * split_out, 1)
+        total = total * alpha + tl.sum(weight, 1)
         lse_max = new_max
 
     empty = total == 0
     divisor = tl.where(empty, 1.0, total)
-    acc = tl.where(empty, 0.0, acc / divisor)
-    offset = batch * stride_out[0] + row * stride_out[1] + head * stride_out[2] + column * stride_out[3]
-    tl.store(out + offset, acc.to(out.dtype.element_ty), mask=column < HEAD_DIM)
+    acc = tl.where(empty[:, None], 0.0, acc / divisor[:, None])
+    offset = batch * stride_out[0] + row * stride_out[1] + head * stride_out[2]
+    pointers = out + offset[:, None] + column[None, :] * stride_out[3]
+    tl.store(pointers, rounded(acc, out.dtype.element_ty), mask=exists[:, None] & (column < HEAD_DIM)[None, :])
     row_lse = tl.where(empty, float("-inf"), lse_max + tl.log(divisor))
-    tl.store(lse + batch * stride_lse[0] + row * stride_lse[1] + head * stride_lse[2], row_lse)
+    tl.store(lse + batch * stride_lse[0] + row * stride_lse[1] + head * stride_lse[2], row_lse, mask=exists)
 
 
 def combine(out_partial: Tensor, lse_partial: Tensor, out: Tensor, lse: Tensor) -> None:
@@ -73,7 +85,9 @@ def combine(out_partial: Tensor, lse_partial: Tensor, out: Tensor, lse: Tensor) 
     if lse.numel() == 0:
         return
     _, seqlen, num_heads, head_dim = out.shape
-    combine_kernel[(lse.numel(),)](
+    block_d = block_dim(head_dim)
+    block_rows = max(1, BLOCK_ELEMENTS // block_d)
+    combine_kernel[(-(-lse.numel() // block_rows),)](
         out_partial,
         lse_partial,
         out,
@@ -83,10 +97,12 @@ def combine(out_partial: Tensor, lse_partial: Tensor, out: Tensor, lse: Tensor) 
         out.stride(),
         lse.stride(),
         out_partial.shape[0],
+        lse.numel(),
         seqlen,
         num_heads,
         HEAD_DIM=head_dim,
-        BLOCK_D=block_dim(head_dim),
+        BLOCK_D=block_d,
+        BLOCK_ROWS=block_rows,
         BLOCK_SPLITS=BLOCK_SPLITS,
     )
 
@@ -113,9 +129,7 @@ def merge_state_kernel(
     BLOCK_ROWS: tl.constexpr,
 ):
     index = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    head = index % num_heads
-    row = index // num_heads % seqlen
-    batch = index // num_heads // seqlen
+    batch, row, head = place(index, seqlen, num_heads)
     exists = index < num_rows
     column = tl.arange(0, BLOCK_D)
     mask = exists[:, None] & (column < HEAD_DIM)[None, :]
@@ -144,7 +158,7 @@ def merge_state_kernel(
     acc = tl.where((lse_max == empty)[:, None], 0.0, acc / divisor[:, None])
     offset = batch * stride_out[0] + row * stride_out[1] + head * stride_out[2]
     pointers = out + offset[:, None] + column[None, :] * stride_out[3]
-    tl.store(pointers, acc.to(out.dtype.element_ty), mask=mask)
+    tl.store(pointers, rounded(acc, out.dtype.element_ty), mask=mask)
     offset = batch * stride_lse[0] + row * stride_lse[1] + head * stride_lse[2]
     tl.store(lse + offset, lse_max + tl.log(divisor), mask=exists)
 

@@ -124,7 +124,8 @@ def rounded(x, dtype: tl.constexpr):
     """fp32 x in `dtype`, rounded to nearest even; Triton's interpreter would cut off the bits that bf16 lacks."""
     if INTERPRET and dtype == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True)
-        x = tl.where(x == x, (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True), x)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
+        x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
     return x.to(dtype)
 
 

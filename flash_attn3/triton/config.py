@@ -12,6 +12,9 @@ from dataclasses import dataclass
 
 import torch
 
+LARGE_SHARED_MEMORY = ("sm_80", "sm_87", "sm_90", "sm_100", "sm_103")  # 163 KiB at least, others 64 or 99
+TENSOR_MEMORY = ("sm_100", "sm_103")  # accumulators lie there, in another order for M tiles of 64
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -43,5 +46,16 @@ def block_dim(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
-def fwd_config(arch: str, head_dim: int, head_dim_v: int, num_rows: int) -> Config:
-    return Config(64, 64, 4, 2)
+def fwd_config(arch: str, head_dim: int, head_dim_v: int, is_fp8: bool, num_rows: int) -> Config:
+    """A row's part of a tile lies within one warp, whatever the M tile, so that sums run in the same order."""
+    width = block_dim(max(head_dim, head_dim_v))
+    if width > 256:
+        return Config(16, 32, 4, 2)
+    block_m = 64 if num_rows <= 64 and arch not in TENSOR_MEMORY else 128
+    block_n = 64 if width <= 128 and not is_fp8 else 32
+    num_warps = block_m // 16
+    if arch.startswith("gfx"):  # wavefronts of 64 lanes, matrix instructions of 32 rows
+        num_warps = block_m // 32
+    elif width <= 64 and arch not in TENSOR_MEMORY:
+        num_warps = 4
+    return Config(block_m, block_n, num_warps, 3 if arch in LARGE_SHARED_MEMORY else 2)

@@ -18,21 +18,16 @@ from ..problem import AttentionProblem
 from .combine import combine
 from .common import (
     CP_TOT_SEQUSED_K,
-    CU_SEQLENS_K,
-    CU_SEQLENS_K_NEW,
     CU_SEQLENS_Q,
-    KV_BATCH_IDX,
-    LEFTPAD_K,
     LOG2_E,
     PAGE_TABLE,
-    SEQUSED_K,
     SEQUSED_Q,
     block_ranges,
     clamp,
     dot,
     load_clamped,
     note,
-    row_limits,
+    rounded,
     sequence_extent,
     tanh,
     used_length,
@@ -41,93 +36,19 @@ from .config import Config, architecture, block_dim, fwd_config
 from .fp8 import load_scale, widen
 from .layout import bits, cache_slots, row_strides, same_memory, scale_strides
 from .splits import Splits, choose_splits
+from .tiles import (
+    add_special,
+    cache_row,
+    fill_uncovered,
+    key_extent,
+    key_range,
+    load_finite,
+    load_rows,
+    store_rows,
+)
 
 MAX_TOTAL_KEYS = tl.constexpr(2**30)  # keeps positions within 32 bits
 SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # stands for a scale of 0, which would make a NaN of -inf
-
-
-@triton.jit
-def cache_row(kv_batch_idx, batch, num_rows, capacity, status_word):
-    """(row of the cache or of the page table, its capacity); a row that does not exist holds nothing."""
-    if kv_batch_idx is None:
-        return batch, capacity
-    else:
-        row = tl.load(kv_batch_idx + batch)
-        clamped = clamp(row, 0, num_rows - 1)
-        note(status_word, KV_BATCH_IDX, clamped != row)
-        return clamped, tl.where(clamped == row, capacity, 0)
-
-
-@triton.jit
-def key_extent(
-    cu_seqlens_k, cu_seqlens_k_new, seqused_k, leftpad_k, batch, total_k, capacity, seqlen_k_new, status_word
-):
-    """(first row, left padding, visible keys) of a sequence."""
-    start, capacity = sequence_extent(cu_seqlens_k, batch, total_k, capacity, status_word, CU_SEQLENS_K)
-    used = used_length(seqused_k, batch, capacity, status_word, SEQUSED_K)
-    padding = 0
-    if leftpad_k is not None:
-        padding = used_length(leftpad_k, batch, used, status_word, LEFTPAD_K)
-    appended = seqlen_k_new
-    if cu_seqlens_k_new is not None:
-        _, appended = sequence_extent(cu_seqlens_k_new, batch, 2**31 - 1, 0, status_word, CU_SEQLENS_K_NEW)
-    note(status_word, SEQUSED_K, appended > capacity - used)
-    return start, padding, used - padding + tl.minimum(appended, capacity - used)
-
-
-@triton.jit
-def key_range(row, seqlen_q, total_keys, window_left, window_right, attention_chunk, seqlen_k, cp_world_size, cp_rank):
-    """Keys [low, high) that `row` sees: key j of this rank is key j * world + rank of all `total_keys`.
-
-    Windows and chunks exist on a single rank only, whose keys are all keys.
-    """
-    low, high = row_limits(row, seqlen_q, total_keys, window_left, window_right, attention_chunk)
-    return low, tl.minimum(tl.cdiv(tl.maximum(high - cp_rank, 0), cp_world_size), seqlen_k)
-
-
-@triton.jit
-def load_rows(x, offset, mask, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Rows of WIDTH elements at `offset` in a tile BLOCK wide, 0 elsewhere; `mask` over rows, or None for all."""
-    column = tl.arange(0, BLOCK)
-    pointers = x + offset[:, None] + column[None, :]
-    if mask is not None:
-        return tl.load(pointers, mask=mask[:, None] & (column < WIDTH)[None, :], other=0)
-    elif WIDTH < BLOCK:
-        return tl.load(pointers, mask=(column < WIDTH)[None, :], other=0)
-    else:
-        return tl.load(pointers)
-
-
-@triton.jit
-def store_rows(x, offset, mask, values, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    column = tl.arange(0, BLOCK)
-    mask = mask[:, None] & (column < WIDTH)[None, :]
-    tl.store(x + offset[:, None] + column[None, :], values.to(x.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def fill_uncovered(
-    out,
-    lse,
-    stride_out,
-    stride_lse,
-    start,
-    end,
-    head_kv,
-    GROUP: tl.constexpr,
-    HEAD_DIM_V: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-):
-    """+0 and -inf into packed rows [start, end), which no tile of a sequence writes."""
-    for first in range(start, end, BLOCK_M):
-        row = first + tl.arange(0, BLOCK_M)
-        head = (head_kv * GROUP + row % GROUP).to(tl.int64)
-        token = (row // GROUP).to(tl.int64)
-        zeros = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
-        store_rows(out, token * stride_out[2] + head * stride_out[3], row < end, zeros, HEAD_DIM_V, BLOCK_DV)
-        empty = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-        tl.store(lse + token * stride_lse[2] + head * stride_lse[3], empty, mask=row < end)
 
 
 @triton.jit(
@@ -147,6 +68,12 @@ def fill_uncovered(
         "attention_chunk",
         "cp_world_size",
         "cp_rank",
+        "stride_page_table",
+        "blocks_q_descale",
+        "blocks_k_descale",
+        "blocks_v_descale",
+        "group_q_descale",
+        "stride_lse",
     ]
 )
 def fwd_kernel(
@@ -277,6 +204,10 @@ def fwd_kernel(
         dtype: tl.constexpr = tl.float16
     else:
         dtype: tl.constexpr = q.dtype.element_ty
+    if v.dtype.element_ty == tl.uint8:
+        dtype_v: tl.constexpr = tl.float16  # rounds weights, which are at most 1, less than bf16 would
+    else:
+        dtype_v: tl.constexpr = dtype
     row_q = batch64 * stride_q[0] + token64 * stride_q[1] + head64 * stride_q[2]
     tile_q = widen(load_rows(q, row_q, covered, HEAD_DIM, BLOCK_D), dtype)  # (BLOCK_M, BLOCK_D)
     if qv is not None:
@@ -293,37 +224,64 @@ def fwd_kernel(
     else:
         pages = page_table + kv_row.to(tl.int64) * stride_page_table
 
+    lane = tl.arange(0, BLOCK_N)
+    row_k = lane.to(tl.int64) * stride_k[1]
+    row_v = lane.to(tl.int64) * stride_v[1]
+    WHOLE_PAGES: tl.constexpr = PAGE_SIZE > 0 and PAGE_SIZE % BLOCK_N == 0 and leftpad_k is None  # a tile: one page
+    bad_pages = tl.zeros((BLOCK_N,), tl.int32)
     row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
     acc_o = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
-    bad_pages = tl.zeros((BLOCK_N,), tl.int32)
-    num_special = 0  # NaN and inf values in masked tiles
-    for part in tl.static_range(3):  # tiles that need the mask, full tiles, tiles that need the mask
-        for n_block in tl.range(bounds[part], bounds[part + 1]):
-            key = n_block * BLOCK_N + tl.arange(0, BLOCK_N)
-            if part == 1:
-                exists = None
-            else:
+    # Tiles that need the mask, full tiles, tiles that need the mask. Then, if the sum is not finite, all again: a NaN
+    # or inf of V may have met the weight 0 of a row that does not see it.
+    for part in tl.static_range(4):
+        if part == 3:
+            spoiled = ~(tl.abs(tl.sum(tl.sum(acc_o, 1), 0)) < float("inf"))
+            first_block = bounds[0]
+            end_block = tl.where(spoiled, bounds[3], first_block)
+            row_max = tl.where(spoiled, float("-inf"), row_max)
+            row_sum = tl.where(spoiled, 0.0, row_sum)
+            acc_o = tl.where(spoiled, 0.0, acc_o)
+        else:
+            first_block = bounds[part]
+            end_block = bounds[part + 1]
+        for n_block in tl.range(first_block, end_block, num_stages=1 if part == 3 else None):
+            first = n_block * BLOCK_N
+            key = first + lane
+            exists = None
+            if part != 1:
                 exists = key < seqlen_k
+            start_k = k
+            start_v = v
             if PAGE_SIZE == 0:
-                row_k = key.to(tl.int64) * stride_k[1]
-                row_v = key.to(tl.int64) * stride_v[1]
+                start_k += tl.cast(first, tl.int64) * stride_k[1]
+                start_v += tl.cast(first, tl.int64) * stride_v[1]
             else:
-                slot = key + padding
-                page_id = tl.load(pages + slot // PAGE_SIZE, mask=key < seqlen_k, other=0)
+                if WHOLE_PAGES:
+                    slot = first
+                    page_id = tl.load(pages + slot // PAGE_SIZE)
+                else:
+                    slot = key + padding
+                    page_id = tl.load(pages + slot // PAGE_SIZE, mask=key < seqlen_k, other=0)
                 page = clamp(page_id, 0, num_pages - 1)
                 bad_pages += page != page_id
-                row_k = page.to(tl.int64) * stride_k[0] + (slot % PAGE_SIZE).to(tl.int64) * stride_k[1]
-                row_v = page.to(tl.int64) * stride_v[0] + (slot % PAGE_SIZE).to(tl.int64) * stride_v[1]
+                place_k = page.to(tl.int64) * stride_k[0] + tl.cast(slot % PAGE_SIZE, tl.int64) * stride_k[1]
+                place_v = page.to(tl.int64) * stride_v[0] + tl.cast(slot % PAGE_SIZE, tl.int64) * stride_v[1]
+                if WHOLE_PAGES:
+                    start_k += place_k
+                    start_v += place_v
+                else:
+                    row_k = place_k
+                    row_v = place_v
 
-            tile_k = widen(load_rows(k, row_k, exists, HEAD_DIM, BLOCK_D), dtype)  # (BLOCK_N, BLOCK_D)
+            tile_k = widen(load_rows(start_k, row_k, exists, HEAD_DIM, BLOCK_D), dtype)  # (BLOCK_N, BLOCK_D)
             acc_s = dot(tile_q, tl.trans(tile_k), None)  # (BLOCK_M, BLOCK_N)
             if K_IS_V:
-                tile_v = tile_k
+                tile_v = tile_k.to(dtype_v)
             else:
-                tile_v = widen(load_rows(v, row_v, exists, HEAD_DIM_V, BLOCK_DV), dtype)  # (BLOCK_N, BLOCK_DV)
+                tile_v = widen(load_rows(start_v, row_v, exists, HEAD_DIM_V, BLOCK_DV), dtype_v)  # (BLOCK_N, BLOCK_DV)
             if qv is not None:
-                acc_s = dot(tile_qv, tl.trans(tile_v), acc_s)
+                acc_s = dot(tile_qv, tl.trans(tile_v.to(dtype)), acc_s)
             if q_descale is not None:
                 acc_s *= q_scale[:, None]
             if k_descale is not None:
@@ -343,19 +301,26 @@ def fwd_kernel(
             row_max = new_max
             row_sum = row_sum * alpha + tl.sum(p, 1)
             acc_o *= alpha[:, None]
-            if part != 1:
-                # An unseen NaN must not meet a weight of 0: seen ones are put back after the loop.
-                finite = tl.abs(tile_v.to(tl.float32)) < float("inf")
-                num_special += tl.sum(tl.where(finite, 0, 1))
-                tile_v = tl.where(finite, tile_v, 0.0)
+            total = acc_o
             if v_descale is not None:
                 heads_v_descale = v_descale + batch64 * stride_v_descale[0] + head_kv * stride_v_descale[1]
                 v_scale = load_scale(heads_v_descale, key + padding, blocks_v_descale, stride_v_descale[2])
+                if part != 1:
+                    v_scale = tl.where(exists, v_scale, 0.0)
                 tile_scale = tl.max(v_scale, 0)
                 p *= tl.where(tile_scale > 0, v_scale / tile_scale, 0.0)[None, :]
-                acc_o += dot(p.to(dtype), tile_v, None) * tile_scale
-            else:
-                acc_o = dot(p.to(dtype), tile_v, acc_o)
+                total = None
+            if part == 3:
+                finite = tl.abs(tile_v.to(tl.float32)) < float("inf")
+                tile_v = widen(load_finite(start_v, row_v, exists, finite, HEAD_DIM_V, BLOCK_DV), dtype_v)
+            total = dot(rounded(p, dtype_v), tile_v, total)
+            if v_descale is not None:
+                total = acc_o + total * tile_scale
+            acc_o = total
+            if part == 3:
+                acc_o = add_special(
+                    acc_o, start_v, row_v, finite, first, low, high, seqlen_k, dtype_v, HEAD_DIM_V, BLOCK_N, BLOCK_DV
+                )
     note(status_word, PAGE_TABLE, tl.max(bad_pages, 0) > 0)
 
     empty = row_sum == 0  # else the largest score contributes 1, or a NaN spreads
@@ -395,7 +360,8 @@ def fwd(p: AttentionProblem, out: Tensor, lse: Tensor, max_logits: Tensor | None
     packed = p.cu_seqlens_q is not None
     max_rows = (p.max_seqlen_q if packed else p.q.shape[1]) * (p.num_heads // p.num_heads_kv)
     arch = architecture(p.q.device)
-    config = fwd_config(arch.name, p.head_dim, p.head_dim_v, max_rows)
+    is_fp8 = p.k.dtype == torch.float8_e4m3fn
+    config = fwd_config(arch.name, p.head_dim, p.head_dim_v, is_fp8, max_rows)
     num_m_blocks = max(1, -(-max_rows // config.block_m))
     num_tiles = num_m_blocks * p.num_heads_kv * p.batch
     splits = choose_splits(p, cache_slots(p.k, p.page_table), num_tiles, config.block_n, arch.num_multiprocessors)
