@@ -16,8 +16,6 @@ from pathlib import Path
 
 import pytest
 
-from flash_attn3 import env
-
 PIPE = "PYTEST_REPORT_PIPE"  # environment variable: the file descriptor that takes a child's reports, as JSON
 CHILDREN = pytest.StashKey[dict[Path, "Child"]]()
 
@@ -62,6 +60,17 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(Reporter(config, int(os.environ.pop(PIPE))))
 
 
+def pytest_sessionstart() -> None:
+    if _interpreting():
+        _patch_once_per_launch()
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    for child in config.stash[CHILDREN].values():
+        child.process.terminate()
+        child.process.wait()
+
+
 class Reporter:
     """Sends reports to the parent."""
 
@@ -73,8 +82,33 @@ class Reporter:
         print(json.dumps(data), file=self.pipe, flush=True)
 
 
+def _patch_once_per_launch() -> None:
+    """Triton's interpreter patches its language again at each call of a device function: half of its time."""
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang
+    patched = set()
+
+    def patch_once(fn):
+        if id(fn.__globals__) in patched:
+            return None
+        patched.add(id(fn.__globals__))
+        scope = patch(fn)
+        restore = scope.restore
+        scope.restore = lambda: (patched.clear(), restore())
+        return scope
+
+    interpreter._patch_lang = patch_once
+
+
+def _interpreting() -> bool:
+    from flash_attn3 import env  # not above: it imports Triton, before `--backend triton` has chosen the interpreter
+
+    return env.triton_interpret()
+
+
 def _interpreted(item: pytest.Item) -> bool:
-    return item.get_closest_marker("interpreted") is not None and not env.triton_interpret()
+    return item.get_closest_marker("interpreted") is not None and not _interpreting()
 
 
 @pytest.hookimpl(tryfirst=True)
