@@ -33,8 +33,8 @@ struct OutputRow {
 __device__ inline float load_sink(const FwdParams& p, int head) {
     if (p.sink_dtype == Dtype::fp32) return static_cast<const float*>(p.sink)[head];
     const unsigned short bits = static_cast<const unsigned short*>(p.sink)[head];
-    return p.sink_dtype == Dtype::bf16 ? __uint_as_float(static_cast<unsigned>(bits) << 16)
-                                       : sm90::from_half(bits);
+    return p.sink_dtype == Dtype::bf16 ? sm90::to_float<Dtype::bf16>(bits)
+                                       : sm90::to_float<Dtype::fp16>(bits);
 }
 
 // *address = max(*address, x). The bits of floats are ordered as integers are, those of negative
@@ -93,6 +93,44 @@ __device__ void store_row(const FwdParams& p, const float (&acc)[R], int h, cons
         if (row.exists && column < p.head_dim_v) {
             *reinterpret_cast<uint4*>(out + column) = {words[0], words[1], words[2], words[3]};
         }
+    }
+}
+
+// Zeros for rows [first, last) of packed tensors: rows that no tile writes. One warp.
+__device__ inline void clear_rows(const FwdParams& p, int first, int last, int lane) {
+    const int chunks = p.head_dim_v * (p.out_dtype == Dtype::fp32 ? 4 : 2) / sizeof(uint4);
+    const int element_bytes = p.out_dtype == Dtype::fp32 ? 4 : 2;
+    for (int split = 0; split < p.num_splits; ++split) {
+        for (int row = first; row < last; ++row) {
+            for (int head = 0; head < p.num_heads; ++head) {
+                const long long element =
+                    split * p.out_split_stride + row * p.out_row_stride + head * p.out_head_stride;
+                uint4* out =
+                    reinterpret_cast<uint4*>(static_cast<char*>(p.out) + element * element_bytes);
+                for (int i = lane; i < chunks; i += 32) out[i] = {};
+                if (lane == 0)
+                    p.lse[split * p.lse_split_stride + head * p.lse_head_stride + row] = -kInfinity;
+            }
+        }
+    }
+}
+
+// Rows of packed tensors that belong to no sequence, or lie behind the tiles of a sequence that is
+// longer than the caller said. Warp `warp` of `num_warps` in the grid.
+__device__ inline void clear_uncovered_rows(const FwdParams& p, int positions, int warp,
+                                            int num_warps, int lane) {
+    if (!p.cu_seqlens_q) return;
+    const auto share = [&](int first, int last) {
+        for (int row = first + warp; row < last; row += num_warps)
+            clear_rows(p, row, row + 1, lane);
+    };
+    const int begin = min(max(p.cu_seqlens_q[0], 0), p.seqlen_q);
+    share(0, begin);
+    share(max(min(p.cu_seqlens_q[p.batch], p.seqlen_q), begin), p.seqlen_q);
+    for (int n = warp; n < p.batch; n += num_warps) {
+        const Sequence seq(p, n);
+        clear_rows(p, seq.first_row + min(p.num_m_blocks * positions, seq.rows_written),
+                   seq.first_row + seq.rows_written, lane);
     }
 }
 

@@ -1,12 +1,14 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // The forward: out = softmax(scale Q K^T) V, a tile of query rows at a time.
 //
-// Warpgroup 0 is the producer: one thread of it loads by the copy engine. The others are consumers,
-// 64 rows each. README.md draws the schedule.
+// Warp 0 is the producer: one thread of it loads by the copy engine. Warps 1 to 3 are guards, which
+// look for values that a mask must hide. The other warpgroups are consumers, 64 query rows each.
+// README.md draws the schedule.
 #pragma once
 
 #include "config.h"
 #include "epilogue.cuh"
+#include "isolate.cuh"
 #include "mask.cuh"
 #include "scheduler.cuh"
 #include "seqlen.cuh"
@@ -30,28 +32,26 @@ struct Ring {
     }
 };
 
-// A tile and what both roles must agree on.
+// A tile, and what all roles must agree on.
 template <int kBlockM, int kBlockN>
 struct Work {
     Tile tile;
     Sequence seq;
-    int position;      // of the first query
-    KeyBlocks blocks;  // to be multiplied, from the right to the left
+    int position, positions;  // of the tile's queries: the first one, and their number
+    KeyBlocks blocks;         // to be multiplied, from right to left
 
     __device__ Work(const FwdParams& p, int index)
-        : tile(decode_tile(p, index)), seq(p, tile.batch) {
-        const int positions = kBlockM / p.pack;
+        : tile(decode_tile(p, index)), seq(p, tile.batch), positions(kBlockM / p.pack) {
         position = tile.m_block * positions;
-        const int last = min(position + positions, seq.num_rows) - 1;
-        blocks = last < position ? KeyBlocks{}
-                                 : key_blocks<kBlockN>(visible_keys(p, seq, position),
-                                                       visible_keys(p, seq, last));
+        blocks = key_blocks<kBlockN>(p, seq, tile, position, positions);
     }
 };
 
 // Consumer warpgroups issue their products in turn, so that the softmax of one runs beside the
-// products of another. Named barrier 1 + w is met by warpgroup w, which waits, and the one in front
-// of it, which does not.
+// products of another. Named barrier kFirstTurn + w is met by warpgroup w, which waits, and the one
+// in front of it, which does not.
+constexpr int kFirstTurn = 1, kIsolation = 4;  // named barriers
+
 template <int kWarpgroups>
 struct Turns {
     int warpgroup;
@@ -61,11 +61,11 @@ struct Turns {
     }
 
     __device__ void await() const {
-        if (kWarpgroups > 1) sm90::sync_named(1 + warpgroup, 256);
+        if (kWarpgroups > 1) sm90::sync_named(kFirstTurn + warpgroup, 256);
     }
 
     __device__ void pass() const {
-        if (kWarpgroups > 1) sm90::arrive_named(1 + (warpgroup + 1) % kWarpgroups, 256);
+        if (kWarpgroups > 1) sm90::arrive_named(kFirstTurn + (warpgroup + 1) % kWarpgroups, 256);
     }
 
     // The first warpgroup takes the turn that nobody uses: a barrier must not be left half met.
@@ -77,7 +77,7 @@ struct Turns {
 template <FwdConfig C>
 struct Fwd {
     static constexpr int kM = C.block_m, kN = C.block_n, kStages = C.stages;
-    static constexpr int kConsumers = C.consumers();
+    static constexpr int kConsumers = C.consumers(), kConsumerWarps = 4 * kConsumers, kGuards = 3;
     static constexpr int kPanels = C.panels(), kPanelsV = C.panels_v();
     static constexpr int kProducerRegisters = C.producer_registers();
     static constexpr int kConsumerRegisters = C.consumer_registers();
@@ -95,9 +95,12 @@ struct Fwd {
         alignas(1024) Element q[kPanels][kM][kPanel];
         alignas(1024) Element k[kStages][kPanels][kN][kPanel];
         alignas(1024) Element v[kStages][kPanelsV][kN][kPanel];
+        NextTile next;
         Barrier q_full, q_empty;
         Barrier k_full[kStages], k_empty[kStages];
         Barrier v_full[kStages], v_empty[kStages];
+        Barrier v_inspected[kStages];         // by the guards; of blocks that a mask cuts
+        bool v_non_finite[kStages][kGuards];  // what each of them found
     };
 
     static __device__ void run(const FwdParams& p) {
@@ -105,20 +108,34 @@ struct Fwd {
         Smem& s = *reinterpret_cast<Smem*>(memory);
         const int warp = sm90::uniform(threadIdx.x / 32);
         if (warp == 0 && sm90::elect()) {
+            sm90::init(s.next.full, 1);
+            sm90::init(s.next.empty, kConsumerWarps + kGuards);
             sm90::init(s.q_full, 1);
-            sm90::init(s.q_empty, kConsumers);
+            sm90::init(s.q_empty, kConsumerWarps);
             for (int i = 0; i < kStages; ++i) {
                 sm90::init(s.k_full[i], 1);
                 sm90::init(s.v_full[i], 1);
-                sm90::init(s.k_empty[i], kConsumers);
-                sm90::init(s.v_empty[i], kConsumers);
+                sm90::init(s.k_empty[i], kConsumerWarps);
+                sm90::init(s.v_empty[i], kConsumerWarps + kGuards);
+                sm90::init(s.v_inspected[i], kGuards);
             }
             sm90::fence_init();
         }
+        // Rows of Q that no head has, for `pack` that does not divide the tile: no copy writes
+        // them.
+        for (int row = kM / p.pack * p.pack + threadIdx.x / kPanel; row < kM;
+             row += blockDim.x / kPanel) {
+            for (int i = 0; i < kPanels; ++i) s.q[i][row][threadIdx.x % kPanel] = 0;
+        }
+        sm90::fence_async_proxy();
         __syncthreads();
         if (warp < 4) {
             sm90::give_registers<kProducerRegisters>();
-            if (warp == 0 && sm90::elect()) produce(p, s);
+            if (warp > 0) {
+                guard(p, s, warp - 1);
+            } else if (sm90::elect()) {
+                produce(p, s);
+            }
         } else {
             sm90::take_registers<kConsumerRegisters>();
             consume(p, s, warp / 4 - 1);
@@ -129,17 +146,21 @@ struct Fwd {
         using sm90::CacheHint;
         unsigned q_phase = 0;
         Ring<kStages> k, v;
-        for (int index = blockIdx.x; index < num_tiles(p); index += gridDim.x) {
-            const Work<kM, kN> work(p, index);
-            const auto [tile, seq, position, blocks] = work;
-            if (blocks.empty()) continue;
-            const int head_kv = tile.head * p.pack / (p.num_heads / p.num_heads_kv);
+        for (TileSource tiles; tiles.any(p);) {
+            const Work<kM, kN> work(p, tiles.index);
+            const KeyBlocks& blocks = work.blocks;
+            const int drawn = tiles.draw(p);
+            if (blocks.empty()) {
+                tiles.publish(p, s.next, drawn);
+                continue;
+            }
+            const int head_kv = work.tile.head * p.pack / (p.num_heads / p.num_heads_kv);
             const auto load_k = [&](int n) {
                 sm90::wait(s.k_empty[k.stage], k.phase ^ 1);
                 sm90::arrive_expect(s.k_full[k.stage], sizeof(s.k[0]));
                 for (int i = 0; i < kPanels; ++i) {
                     sm90::load(p.k_map, s.k_full[k.stage], CacheHint::EVICT_LAST, s.k[k.stage][i],
-                               i * kPanel, seq.first_key + n * kN, head_kv, seq.k_batch);
+                               i * kPanel, work.seq.first_key + n * kN, head_kv, work.seq.k_batch);
                 }
                 k.advance();
             };
@@ -148,7 +169,7 @@ struct Fwd {
                 sm90::arrive_expect(s.v_full[v.stage], sizeof(s.v[0]));
                 for (int i = 0; i < kPanelsV; ++i) {
                     sm90::load(p.v_map, s.v_full[v.stage], CacheHint::EVICT_LAST, s.v[v.stage][i],
-                               i * kPanel, seq.first_key + n * kN, head_kv, seq.k_batch);
+                               i * kPanel, work.seq.first_key + n * kN, head_kv, work.seq.k_batch);
                 }
                 v.advance();
             };
@@ -157,31 +178,62 @@ struct Fwd {
             load_k(blocks.hi - 1);
             sm90::wait(s.q_empty, q_phase ^ 1);
             q_phase ^= 1;
-            sm90::arrive_expect(s.q_full, kPanels * (kM / p.pack * p.pack) * kRowBytes);
+            sm90::arrive_expect(s.q_full, kPanels * work.positions * p.pack * kRowBytes);
             for (int i = 0; i < kPanels; ++i) {
                 sm90::load(p.q_map, s.q_full, CacheHint::EVICT_FIRST, s.q[i], i * kPanel, 0,
-                           seq.first_row + position, tile.head, seq.q_batch);
+                           work.seq.first_row + work.position, work.tile.head, work.seq.q_batch);
             }
             for (int n = blocks.hi - 2; n >= blocks.lo; --n) {
                 load_k(n);
                 load_v(n + 1);
             }
             load_v(blocks.lo);
+            tiles.publish(p, s.next, drawn);
+        }
+    }
+
+    // A mask hides keys of a block from some rows of the tile, and the sequence's end from all:
+    // there V must be finite, or the consumers must know that it is not.
+    static __device__ void guard(const FwdParams& p, Smem& s, int warp) {
+        const int lane = threadIdx.x % 32;
+        clear_uncovered_rows(p, kM / p.pack, blockIdx.x * kGuards + warp, gridDim.x * kGuards,
+                             lane);
+        Ring<kStages> v, inspected;
+        for (TileSource tiles; tiles.any(p); tiles.advance(p, s.next)) {
+            const Work<kM, kN> work(p, tiles.index);
+            for (int n = work.blocks.hi - 1; n >= work.blocks.lo; --n) {
+                sm90::wait(s.v_full[v.stage], v.phase);
+                if (work.blocks.cut(n)) {
+                    const bool found = inspect_values<C.dtype>(
+                        s.v[v.stage], work.seq.num_keys - n * kN, warp * 32 + lane, kGuards * 32);
+                    sm90::fence_async_proxy();  // wgmma will read zeros that were written
+                    const bool any = __any_sync(0xffffffff, found);
+                    __syncwarp();  // a vote orders no memory
+                    if (lane == 0) {
+                        s.v_non_finite[inspected.stage][warp] = any;
+                        sm90::arrive(s.v_inspected[inspected.stage]);
+                    }
+                    inspected.advance();
+                }
+                // Of every block: a guard that fell behind would mistake one phase for another.
+                if (lane == 0) sm90::arrive(s.v_empty[v.stage]);
+                v.advance();
+            }
         }
     }
 
     static __device__ void consume(const FwdParams& p, Smem& s, int warpgroup) {
         const int thread = threadIdx.x % 128, lane = thread % 32;
         const Turns<C.ping_pong ? kConsumers : 1> turns(warpgroup);
-        const bool leader = thread == 0;  // arrives for its warpgroup
+        const bool leader = lane == 0;  // arrives for its warp
         const uint64_t q_tile =
             sm90::descriptor(s.q[0][warpgroup * kWarpgroupRows], kRowGroupBytes, 0);
         const uint64_t k_tiles = sm90::descriptor(s.k, kRowGroupBytes, 0);
         const uint64_t v_tiles = sm90::descriptor(s.v, kRowGroupBytes, sizeof(s.v[0][0]));
         unsigned q_phase = 0;
-        Ring<kStages> k, v;
-        for (int index = blockIdx.x; index < num_tiles(p); index += gridDim.x) {
-            const Work<kM, kN> work(p, index);
+        Ring<kStages> k, v, inspected;
+        for (TileSource tiles; tiles.any(p);) {
+            const Work<kM, kN> work(p, tiles.index);
             const KeyBlocks& blocks = work.blocks;
             const int row =
                 warpgroup * kWarpgroupRows + thread / 32 * 16 + lane / 4;  // and row + 8
@@ -255,6 +307,22 @@ struct Fwd {
                     rescale(acc_o, softmax.alpha);
                 };
 
+                // After it, V[n] is finite; what was not has been added to the rows that see it.
+                const auto isolate = [&](int n) {
+                    sm90::wait(s.v_inspected[inspected.stage], inspected.phase);
+                    const bool (&found)[kGuards] = s.v_non_finite[inspected.stage];
+                    if (found[0] || found[1] || found[2]) {
+                        sm90::wait(s.v_full[v.stage], v.phase);
+                        add_non_finite<C.dtype>(s.v[v.stage], acc_o, visible, n * kN, lane);
+                        sm90::sync_named(kIsolation, 128 * kConsumers);  // all have read
+                        clear_non_finite<C.dtype>(s.v[v.stage], threadIdx.x - 128,
+                                                  128 * kConsumers);
+                        sm90::fence_async_proxy();
+                        sm90::sync_named(kIsolation, 128 * kConsumers);  // all is clear
+                    }
+                    inspected.advance();
+                };
+
                 sm90::wait(s.q_full, q_phase);
                 q_phase ^= 1;
                 sm90::wait(s.k_full[k.stage], k.phase);
@@ -264,13 +332,19 @@ struct Fwd {
                 release_k();
                 update_softmax(blocks.hi - 1, mask);
                 pack_probabilities();
-                int n = blocks.hi - 2;
+                if (blocks.cut(blocks.hi - 1)) isolate(blocks.hi - 1);
+                // Blocks that the right end of a mask cuts, whole ones, blocks that the left end
+                // cuts.
+                for (int n = blocks.hi - 2, whole = blocks.full_hi; n >= blocks.lo;
+                     whole = blocks.lo) {
 #pragma unroll 1
-                for (; n >= max(blocks.full_hi, blocks.lo); --n) step(n, mask);
+                    for (; n >= max(whole, blocks.lo); --n) {
+                        step(n, mask);
+                        isolate(n);
+                    }
 #pragma unroll 1
-                for (; n >= blocks.full_lo; --n) step(n, no_mask);
-#pragma unroll 1
-                for (; n >= blocks.lo; --n) step(n, mask);
+                    for (; n >= blocks.full_lo; --n) step(n, no_mask);
+                }
                 if (leader) sm90::arrive(s.q_empty);
                 sm90::wait(s.v_full[v.stage], v.phase);
                 issue_pv();
@@ -278,7 +352,8 @@ struct Fwd {
                 sm90::pin(acc_o);
                 release_v();
             }
-            finish_tile<C.dtype>(p, work.seq, work.tile, work.position, kM / p.pack, row, lane,
+            tiles.advance(p, s.next);
+            finish_tile<C.dtype>(p, work.seq, work.tile, work.position, work.positions, row, lane,
                                  softmax, acc_o);
         }
         turns.end();

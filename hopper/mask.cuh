@@ -2,6 +2,7 @@
 // Which keys a query row sees: an interval, whatever the mask.
 #pragma once
 
+#include "scheduler.cuh"
 #include "seqlen.cuh"
 #include "sm90/math.cuh"
 
@@ -9,7 +10,11 @@ namespace fa3 {
 
 struct KeyRange {
     int lo, hi;  // keys [lo, hi); none if hi <= lo
+
+    __device__ bool holds(int key) const { return lo <= key && key < hi; }
 };
+
+__device__ inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 // Of the query at `position` of its sequence. Both ends grow with the position.
 __device__ inline KeyRange visible_keys(const FwdParams& p, const Sequence& seq, int position) {
@@ -28,14 +33,27 @@ struct KeyBlocks {
     int lo, full_lo, full_hi, hi;
 
     __device__ bool empty() const { return hi <= lo; }
+    __device__ bool cut(int n) const { return n < full_lo || n >= full_hi; }  // by a mask
 };
 
-// `first` and `last` are the key ranges of a tile's first and last query.
 template <int kBlock>
-__device__ KeyBlocks key_blocks(KeyRange first, KeyRange last) {
-    KeyBlocks blocks{first.lo / kBlock, (last.lo + kBlock - 1) / kBlock, first.hi / kBlock,
-                     (last.hi + kBlock - 1) / kBlock};
-    blocks.full_hi = min(blocks.full_hi, blocks.hi);
+__device__ KeyBlocks key_blocks(const FwdParams& p, const Sequence& seq, const Tile& tile,
+                                int position, int positions) {
+    const int last = min(position + positions, seq.num_rows) - 1;
+    if (last < position) return {};
+    const KeyRange of_first = visible_keys(p, seq, position), of_last = visible_keys(p, seq, last);
+    KeyBlocks blocks{of_first.lo / kBlock, ceil_div(of_last.lo, kBlock), of_first.hi / kBlock,
+                     ceil_div(of_last.hi, kBlock)};
+    if (p.num_splits > 1) {
+        // What the sequence sees is split, not what the tile sees: the bounds do not move with the
+        // tile.
+        const int lo = visible_keys(p, seq, 0).lo / kBlock;
+        const int size = ceil_div(ceil_div(visible_keys(p, seq, seq.num_rows - 1).hi, kBlock) - lo,
+                                  p.num_splits);
+        blocks.lo = max(blocks.lo, lo + tile.split * size);
+        blocks.hi = min(blocks.hi, lo + (tile.split + 1) * size);
+    }
+    blocks.full_hi = max(min(blocks.full_hi, blocks.hi), blocks.lo);
     blocks.full_lo = min(max(blocks.full_lo, blocks.lo), blocks.full_hi);
     return blocks;
 }

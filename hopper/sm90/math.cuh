@@ -58,10 +58,15 @@ __device__ inline unsigned pack(float low, float high) {
     return y;
 }
 
-// PTX ISA, cvt.f32.f16
-__device__ inline float from_half(unsigned short x) {
+// PTX ISA, cvt.f32.f16; fp32 begins with the bits of bf16.
+template <Dtype T>
+__device__ inline float to_float(unsigned short x) {
     float y;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x));
+    if constexpr (T == Dtype::bf16) {
+        y = __uint_as_float(static_cast<unsigned>(x) << 16);
+    } else {
+        asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x));
+    }
     return y;
 }
 
