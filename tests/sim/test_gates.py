@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What the machine code of every forward kernel must look like to be fast; no GPU is needed to see it.
+
+Registers, spills and the compiler's warnings are gates of the build (tests/cpu/test_build_kernels.py).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from flash_attn3 import build, variants
+from flash_attn3.variants import FwdVariant
+from tests.sim import sass
+
+OVERHEAD = 110  # instructions of a step beside its arithmetic: barriers, descriptors, reductions over the quad
+
+pytestmark = pytest.mark.skipif(sass.disassembler() is None, reason="needs nvdisasm (pip: nvidia-cuda-nvdisasm)")
+
+
+@pytest.fixture(scope="module", params=variants.fwd_variants(), ids=lambda variant: variant.name)
+def variant(request: pytest.FixtureRequest) -> FwdVariant:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def loops(variant: FwdVariant, tmp_path_factory: pytest.TempPathFactory) -> list[list[str]]:
+    cubin: Path = tmp_path_factory.mktemp("cubin") / f"{variant.name}.cubin"
+    cubin.write_bytes(build.obtain(variant).cubin)
+    return sass.mma_loops(sass.disassemble(cubin), num_mma(variant))
+
+
+def num_mma(variant: FwdVariant) -> int:
+    """Of a step: Q K^T over the head dim, P V over the keys."""
+    return variant.head_dim // 16 + variant.block_n // 16
+
+
+def test_one_loop_without_masks_and_one_with(variant: FwdVariant, loops: list[list[str]]) -> None:
+    assert [sass.count(loop, "HGMMA") for loop in loops] == [num_mma(variant)] * 2
+
+
+def test_products_overlap(loops: list[list[str]]) -> None:
+    """Two groups are issued and two are awaited: the compiler has serialised nothing."""
+    for loop in loops:
+        assert sass.count(loop, "WARPGROUP.ARRIVE") == sass.count(loop, "WARPGROUP.DEPBAR") == 2
+        first_wait = next(i for i, opcode in enumerate(loop) if opcode.startswith("WARPGROUP.DEPBAR"))
+        assert sass.count(loop[first_wait:], "HGMMA") == 0
+
+
+def test_nothing_is_spilled_in_loops(loops: list[list[str]]) -> None:
+    for loop in loops:
+        assert sass.count(loop, "LDL") == sass.count(loop, "STL") == 0
+
+
+def test_steady_loop_is_arithmetic(variant: FwdVariant, loops: list[list[str]]) -> None:
+    """For each score: max, scale, exponential, sum, half a conversion; softcap, a branch, has two more."""
+    steady, scores, outputs = loops[0], variant.block_n // 2, variant.head_dim_v // 2
+    assert sass.count(steady, "MUFU.EX2") == scores + 2
+    assert sass.count(steady, "F2FP") == scores // 2
+    assert sass.count(steady, "FMUL") - sass.count(steady, "MUFU.TANH") <= outputs + 6  # the scale is fused
+    assert sass.count(steady, "FADD") <= scores  # the maximum is fused
+    assert sass.count(steady, "ISETP") + sass.count(steady, "FSEL") <= 8  # nothing is masked
+    assert sass.count(steady, "R2UR") <= (12 if variant.head_dim == 256 else 0)
+    softcap = 2 * scores
+    assert len(steady) <= 4 * scores + scores // 2 + outputs + num_mma(variant) + softcap + OVERHEAD
