@@ -40,7 +40,8 @@ void load(Cluster&, AsyncOperation& op) {
     } else {
         std::memset(to, 0, op.bytes);
         if (op.valid_bytes) std::memcpy(to, from, op.valid_bytes);
-        --op.group->unread, --op.group->unwritten;
+        --op.group->unread, --op.group->unwritten, --op.tracked->unwritten;
+        arrive_for_copies(*op.warp, op.lane);
         return;
     }
     complete_transaction(*op.cta, op.mbarrier, op.bytes);

@@ -35,6 +35,7 @@ struct AsyncOperation {
     u32 bytes = 0, valid_bytes = 0;  // cp.async: the rest becomes zero
     u32 mbarrier = 0;                // offset in the destination's block
     std::shared_ptr<Group> group;
+    std::shared_ptr<Group> tracked;  // cp.async: for arrivals on mbarriers
     bool source_read = false;
     std::vector<u8> staged;  // source of a store, once read
 
@@ -46,6 +47,8 @@ struct AsyncOperation {
 void issue(Cluster& cluster, AsyncOperation operation);
 // Does the next step; true when the operation is over.
 bool advance(Cluster& cluster, AsyncOperation& operation);
+// Arrives on the mbarriers that waited for a lane's cp.async, if these are complete.
+void arrive_for_copies(Warp& warp, u32 lane);
 // Lets one waiting operation proceed by a step, chosen by the policy; false if there is none.
 bool advance_one(Cluster& cluster);
 

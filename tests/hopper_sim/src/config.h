@@ -26,7 +26,7 @@ struct Config {
     CtaOrder cta_order = CtaOrder::forward;
     u32 coresident = 1;  // clusters at once
     u32 quantum = 500;   // instructions a warp runs before the next has its turn
-    u64 budget = 2'000'000'000;
+    u64 budget = 200'000'000;
     bool coverage = false;  // count executions of each PTX line
     bool check = true;      // hazards
     bool races = true;

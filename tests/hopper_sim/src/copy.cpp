@@ -139,6 +139,8 @@ void async_copy(Warp& w, const Instruction& i, u32 lane) {
         fail(kMisalignedAddress, w, i, format("misaligned: cp.async of %u bytes", op.bytes));
     if (op.valid_bytes) global_range(w, i, op.global, op.valid_bytes);
     op.group = w.async(lane).current();
+    op.tracked = w.async(lane).track();
+    ++op.tracked->unwritten;
     issue(*w.cta->cluster, op);
 }
 
@@ -170,9 +172,12 @@ Step wait_groups(Warp& w, const Instruction& i, u32 mask) {
     for (u32 rest = mask; rest; rest &= rest - 1) {
         u32 lane = static_cast<u32>(__builtin_ctz(rest));
         LaneGroups& groups = Bulk ? w.bulk(lane) : w.async(lane);
+        // The newest groups may be pending, however many of the older ones are complete.
+        size_t allowed = static_cast<size_t>(i.immediate), size = groups.committed.size();
         u32 pending = 0;
-        for (auto& group : groups.committed) pending += !complete(*group, i.variant);
-        if (pending > static_cast<u64>(i.immediate))
+        for (size_t n = 0; n + allowed < size; ++n)
+            pending += !complete(*groups.committed[n], i.variant);
+        if (pending)
             return w.wait_for(Bulk ? Wait::bulk_group : Wait::async_group,
                               static_cast<u32>(i.immediate), pending);
         u32 seen = groups.commits - std::min(groups.commits, static_cast<u32>(i.immediate));
@@ -185,6 +190,15 @@ Step wait_groups(Warp& w, const Instruction& i, u32 mask) {
     }
     if (!Bulk) w.order.seen.raise(w.copy_agent, copies_seen(w, mask));
     return Step::next;
+}
+
+// wait_all also waits for what no group has been made of.
+Step wait_all(Warp& w, const Instruction& i, u32 mask) {
+    for (u32 rest = mask; rest; rest &= rest - 1) {
+        LaneGroups& groups = w.async(static_cast<u32>(__builtin_ctz(rest)));
+        if (groups.open) groups.commit();
+    }
+    return wait_groups<false>(w, i, mask);
 }
 
 void decode_group(Decode& d, bool bulk, bool commits) {
@@ -328,9 +342,11 @@ void decode_cp(Decode& d) {
     if (d.modifiers.take("commit_group")) return decode_group(d, bulk, true);
     if (d.modifiers.take("wait_group")) return decode_group(d, bulk, false);
     if (d.modifiers.take("wait_all")) {
-        d.i.run = wait_groups<false>;
+        d.expect_args(0, 0);
+        d.i.run = wait_all;
         return;
     }
+    if (d.modifiers.take("mbarrier")) return decode_copy_arrival(d);
     if (bulk && d.modifiers.take("tensor")) return decode_tensor(d, reduce);
     if (bulk) return decode_bulk(d, reduce);
     decode_async(d);

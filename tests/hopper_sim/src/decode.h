@@ -184,6 +184,7 @@ void decode_trap(Decode&);
 void decode_griddepcontrol(Decode&);
 void decode_mbarrier(Decode&);
 void decode_cp(Decode&);
+void decode_copy_arrival(Decode&);
 void decode_wgmma(Decode&);
 
 }  // namespace hopper_sim

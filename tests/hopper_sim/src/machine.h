@@ -46,6 +46,14 @@ struct Split {
     u32 mask = 0;
     bool blocked = false;
     Wait wait;
+    u64 ran = 0;  // the warp's count of instructions when it last ran
+};
+
+// A cp.async.mbarrier.arrive under way: it takes place when `copies` are complete.
+struct CopyArrival {
+    std::shared_ptr<Group> copies;
+    Cta* cta;
+    u32 offset, epoch;
 };
 
 // cp.async and bulk groups of one lane: the open one, and the committed ones in order.
@@ -54,7 +62,10 @@ struct LaneGroups {
     std::deque<std::shared_ptr<Group>> committed;
     Agent agent = 0;
     u32 commits = 0, seen_read = 0, seen_written = 0;  // groups, counted from the first
+    std::shared_ptr<Group> tracked;                    // cp.async since the last CopyArrival
+    std::deque<CopyArrival> arrivals;
     std::shared_ptr<Group> current();
+    std::shared_ptr<Group> track();
     void commit();
 };
 
@@ -69,7 +80,8 @@ struct Warp {
     Cta* cta = nullptr;
     u32 id = 0;
     u32 alive = 0;
-    u32 carry = 0;  // add.cc and its like, a bit a lane
+    bool out_of_turn = false;  // the split that has waited longest runs next
+    u32 carry = 0;             // add.cc and its like, a bit a lane
     std::vector<Split> splits;
     Split* running = nullptr;
 

@@ -18,6 +18,13 @@ size_t lowest_runnable(const std::vector<Split>& splits) {
     return best;
 }
 
+size_t longest_waiting(const std::vector<Split>& splits) {
+    size_t best = kNone;
+    for (size_t n = 0; n < splits.size(); ++n)
+        if (!splits[n].blocked && (best == kNone || splits[n].ran < splits[best].ran)) best = n;
+    return best;
+}
+
 void merge_equal(std::vector<Split>& splits) {
     for (size_t a = 0; a + 1 < splits.size(); ++a)
         for (size_t b = a + 1; b < splits.size();) {
@@ -64,8 +71,11 @@ class Runner {
         while (true) {
             merge_equal(w_.splits);
             if (w_.splits.empty()) return RunResult::done;
-            size_t chosen = lowest_runnable(w_.splits);
+            // A split that spins for a whole quantum may be waiting for another one.
+            size_t chosen =
+                w_.out_of_turn ? longest_waiting(w_.splits) : lowest_runnable(w_.splits);
             if (chosen == kNone) return RunResult::blocked;
+            w_.out_of_turn = quantum_ == 0 && w_.splits.size() > 1;
             if (quantum_ == 0) return RunResult::quantum;
             run_split(chosen);
         }
@@ -86,6 +96,7 @@ class Runner {
                 mask &= i.guard_negated ? ~p : p;
             }
             split.pc = pc;
+            split.ran = w_.instructions;
             Outcome outcome = i.flow == Flow::plain ? plain(i, mask) : special(i, mask, chosen, pc);
             if (outcome == Outcome::blocked) {
                 split.blocked = true;

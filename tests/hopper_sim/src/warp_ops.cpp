@@ -108,6 +108,18 @@ Step match_any(Warp& w, const Instruction& i, u32 mask) {
     return Step::next;
 }
 
+template <class T>
+Step match_all(Warp& w, const Instruction& i, u32 mask) {
+    const T* a = w.reg<T>(i.a);
+    T first = a[__builtin_ctz(mask)];
+    bool equal = true;
+    for (u32 rest = mask; rest; rest &= rest - 1) equal &= a[__builtin_ctz(rest)] == first;
+    u32* d = w.reg<u32>(i.dst);
+    each_lane(mask, [=](u32 lane) { d[lane] = equal ? mask : 0; });
+    if (i.has_dst) w.set_predicate(i.d, equal ? kAllLanes : 0, mask);
+    return Step::next;
+}
+
 template <class T, auto F>
 Step reduce(Warp& w, const Instruction& i, u32 mask) {
     const T* a = w.reg<T>(i.a);
@@ -190,10 +202,17 @@ void decode_match(Decode& d) {
     d.expect_args(3, 3);
     take_member_mask(d, 2);
     u32 bytes = d.take_type();
-    if (!d.modifiers.take("any") || bytes < 4) throw Error(kNotSupported, "match of this kind");
+    std::string_view kind = d.modifiers.take_any({"any", "all"});
+    if (kind.empty() || bytes < 4) throw Error(kNotSupported, "match of this kind");
+    auto [value, equal] = split_pair(d.args[0]);
     d.i.a = d.read(1, bytes);
-    d.i.dst = d.write(0, 4);
-    d.i.run = bytes == 4 ? match_any<u32> : match_any<u64>;
+    d.i.dst = d.write(value, 4);
+    d.i.has_dst = !equal.empty();
+    if (d.i.has_dst) d.i.d = d.write(equal, kPredicate);
+    if (kind == "any")
+        d.i.run = bytes == 4 ? match_any<u32> : match_any<u64>;
+    else
+        d.i.run = bytes == 4 ? match_all<u32> : match_all<u64>;
 }
 
 void decode_redux(Decode& d) {
