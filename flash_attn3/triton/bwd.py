@@ -57,8 +57,8 @@ def bwd(
         return
     max_seqlen_q = p.max_seqlen_q if packed_q else p.q.shape[1]
     max_seqlen_k = p.max_seqlen_k if packed_k else p.k.shape[1]
-    lse_log2, delta = _preprocess(p, max_seqlen_q, dout, out, lse, dlse, dsink)
-    inputs = _inputs(p, dout, lse_log2, delta)
+    delta = _preprocess(p, max_seqlen_q, dout, out, lse, dlse, dsink)
+    inputs = _inputs(p, dout, lse, delta)
     arch, head_dim = architecture(p.q.device).name, max(p.head_dim, p.head_dim_v)
     if dk is not None or dv is not None:
         config = dkdv_config(arch, head_dim)
@@ -81,22 +81,19 @@ def _preprocess(
     lse: Tensor,
     dlse: Tensor | None,
     dsink: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """(lse_log2, delta) in the shape of lse; writes dsink unless None."""
+) -> Tensor:
+    """delta, in the shape of lse; writes dsink unless None."""
     packed = p.cu_seqlens_q is not None
-    # Rows of no sequence weigh nothing.
-    lse_log2 = lse.new_full(p.lse_shape, torch.inf) if packed else lse.new_empty(p.lse_shape)
-    delta = lse.new_zeros(p.lse_shape) if packed else lse.new_empty(p.lse_shape)
-    num_blocks = -(-max_seqlen_q // PREPROCESS_BLOCK_M)
+    delta = lse.new_empty(p.lse_shape)
+    num_blocks = max(1, -(-max_seqlen_q // PREPROCESS_BLOCK_M))
     dsink_partial = None if dsink is None else lse.new_empty((p.batch, num_blocks, p.num_heads))
-    if num_blocks * p.batch:
+    if p.batch:
         preprocess_kernel[(num_blocks * p.num_heads * p.batch,)](
             out,
             dout,
             lse,
             dlse,
             None if dsink is None else p.s_aux,
-            lse_log2,
             delta,
             dsink_partial,
             p.cu_seqlens_q,
@@ -106,8 +103,8 @@ def _preprocess(
             row_strides(dout, packed=packed),
             _lse_strides(lse),
             _lse_strides(dlse),
-            _lse_strides(lse_log2),
-            p.q.shape[0] if packed else p.q.shape[1],
+            _lse_strides(delta),
+            p.q.shape[-3],
             num_blocks,
             p.num_heads,
             HEAD_DIM_V=p.head_dim_v,
@@ -117,10 +114,10 @@ def _preprocess(
         )
     if dsink is not None:
         torch.sum(dsink_partial, (0, 1), out=dsink)
-    return lse_log2, delta
+    return delta
 
 
-def _inputs(p: AttentionProblem, dout: Tensor, lse_log2: Tensor, delta: Tensor) -> tuple:
+def _inputs(p: AttentionProblem, dout: Tensor, lse: Tensor, delta: Tensor) -> tuple:
     """The arguments that both kernels take."""
     packed_q, packed_k = p.cu_seqlens_q is not None, p.cu_seqlens_k is not None
     return (
@@ -128,7 +125,7 @@ def _inputs(p: AttentionProblem, dout: Tensor, lse_log2: Tensor, delta: Tensor) 
         p.k,
         p.v,
         dout,
-        lse_log2,
+        lse,
         delta,
         p.cu_seqlens_q,
         p.cu_seqlens_k,
@@ -138,9 +135,10 @@ def _inputs(p: AttentionProblem, dout: Tensor, lse_log2: Tensor, delta: Tensor) 
         row_strides(p.k, packed=packed_k),
         row_strides(p.v, packed=packed_k),
         row_strides(dout, packed=packed_q),
-        _lse_strides(lse_log2),
-        p.q.shape[0] if packed_q else p.q.shape[1],
-        p.k.shape[0] if packed_k else p.k.shape[1],
+        _lse_strides(lse),
+        _lse_strides(delta),
+        p.q.shape[-3],
+        p.k.shape[-3],
         p.num_heads,
         p.num_heads // p.num_heads_kv,
         p.window_left,
@@ -154,18 +152,22 @@ def _inputs(p: AttentionProblem, dout: Tensor, lse_log2: Tensor, delta: Tensor) 
 def _launch(kernel, grid: tuple[int], arguments: tuple, p: AttentionProblem, config: Config) -> None:
     if grid[0] == 0:
         return
-    kernel[grid](
-        *arguments,
-        SOFTCAP=p.softcap > 0,
-        HEAD_DIM=p.head_dim,
-        HEAD_DIM_V=p.head_dim_v,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_D=block_dim(p.head_dim),
-        BLOCK_DV=block_dim(p.head_dim_v),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
+    spoiled = p.q.new_empty(grid, dtype=torch.int32)
+    for careful in (False, True):
+        kernel[grid](
+            spoiled,
+            *arguments,
+            SOFTCAP=p.softcap > 0,
+            HEAD_DIM=p.head_dim,
+            HEAD_DIM_V=p.head_dim_v,
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n,
+            BLOCK_D=block_dim(p.head_dim),
+            BLOCK_DV=block_dim(p.head_dim_v),
+            CAREFUL=careful,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
 
 
 def _grad_strides(grad: Tensor | None, packed: bool) -> tuple[int, int, int]:
