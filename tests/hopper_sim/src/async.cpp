@@ -136,7 +136,11 @@ void enter_shadow(const AsyncOperation& op) {
         check_init(w, *op.at, barrier, op.mbarrier, true);
         as.agent = barrier.agent;
         as.epoch = barrier.loaded = barrier.phase + 1;
-        for (u32 piece = first; piece <= last; ++piece) shadow->async_write(w, *op.at, piece, as);
+        Touch before = shadow->load_at(first);
+        bool read = false;
+        for (u32 piece = first; piece <= last; ++piece)
+            read |= shadow->async_write(w, *op.at, piece, as);
+        if (!read) shadow->report_unread(w, *op.at, first, before);
     } else {
         LaneGroups& groups = w.bulk(op.lane);
         as.agent = groups.agent;

@@ -110,6 +110,11 @@ Step fence(Warp& w, const Instruction& i, u32 mask) {
 Step set_max_registers(Warp& w, const Instruction& i, u32) {
     s64 wanted = i.immediate, change = (wanted - w.register_count) * static_cast<s64>(kWarpSize);
     bool grows = i.variant;
+    const Kernel& kernel = *w.cta->grid().kernel;
+    if (!kernel.max_registers && !(kernel.max_threads && kernel.min_blocks))
+        hazard(w, i, "setmaxnreg",
+               "ptxas ignores it in a kernel without .minnctapersm or .maxnreg: "
+               "__launch_bounds__(threads, blocks) needs both");
     if (grows != (change >= 0) && change != 0)
         hazard(w, i, "setmaxnreg",
                format("%s from %u to %lld registers", grows ? "inc" : "dec", w.register_count,

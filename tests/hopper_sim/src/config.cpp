@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 #include "config.h"
 
+#include <cstdlib>
 #include <functional>
 #include <map>
 #include <sstream>
@@ -34,9 +35,9 @@ void choose(T& field, const Names<T>& names, const std::string& value) {
 
 template <class T>
 void number(T& field, const std::string& value) {
-    size_t used = 0;
-    unsigned long long parsed = std::stoull(value, &used, 0);
-    if (used != value.size()) throw Error(kInvalidValue, "not a number: " + value);
+    char* end = nullptr;
+    unsigned long long parsed = std::strtoull(value.c_str(), &end, 0);
+    if (value.empty() || *end) throw Error(kInvalidValue, "not a number: " + value);
     field = static_cast<T>(parsed);
 }
 

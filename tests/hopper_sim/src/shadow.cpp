@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
 #include "shadow.h"
 
+#include <map>
+
 #include "machine.h"
 
 namespace hopper_sim {
@@ -231,21 +233,25 @@ void Shadow::replace(Piece& piece, u32 index, Touch as, bool copied) {
     piece.mbarriers = mbarriers;
 }
 
-void Shadow::async_write(Warp& w, const Instruction& i, u32 index, Touch as) {
+bool Shadow::async_write(Warp& w, const Instruction& i, u32 index, Touch as) {
     Piece& piece = pieces_[index];
     check_load(w, i, index, "overwrites");
     check_readers(w, i, index);
     if (piece.mbarriers)
         hazard(w, i, "mbarrier",
                "a load overwrites the mbarrier at " + cta_.name_of(index * kPieceBytes));
-    if (piece.unread && piece.write && w.has_seen(piece.write))
-        complain(cta_, w, i, "unread", index * kPieceBytes,
-                 "overwrites data that nobody has read:", piece.write);
     if (piece.generic) {
         check_proxy(w, i, index, "overwrites");
         check_words(w, i, index);
     }
+    bool unread = piece.unread && piece.write && w.has_seen(piece.write);
     replace(piece, index, as, false);
+    return !unread;
+}
+
+void Shadow::report_unread(Warp& w, const Instruction& i, u32 piece, const Touch& load) {
+    complain(cta_, w, i, "unread", piece * kPieceBytes,
+             "overwrites data that nobody has read:", load);
 }
 
 void Shadow::copy_write(Warp& w, const Instruction& i, u32 index, Touch as) {
@@ -274,8 +280,14 @@ void Shadow::check_loads(Warp& w, const Instruction& i, const std::vector<u32>& 
 }
 
 const Touch* Shadow::unread_load() const {
-    for (const Piece& piece : pieces_)
-        if (piece.unread && !piece.copied) return &piece.write;
+    std::map<std::pair<Agent, u32>, const Touch*> loads;  // null: something of it was read
+    for (const Piece& piece : pieces_) {
+        if (!piece.write || piece.copied) continue;
+        auto [load, fresh] = loads.try_emplace({piece.write.agent, piece.write.code}, &piece.write);
+        if (!piece.unread) load->second = nullptr;
+    }
+    for (auto& [key, load] : loads)
+        if (load) return load;
     return nullptr;
 }
 

@@ -26,13 +26,16 @@ class Shadow {
     // 16 bytes by wgmma or a bulk copy. `as` is what later accesses must have seen. `garbage`: they
     // need not have been written (rows of A reach no other row of the result).
     void async_read(Warp& w, const Instruction& i, u32 piece, Touch as, bool garbage = false);
-    void async_write(Warp& w, const Instruction& i, u32 piece, Touch as);
+    // False if it replaces a load that nobody has read here.
+    bool async_write(Warp& w, const Instruction& i, u32 piece, Touch as);
+    void report_unread(Warp& w, const Instruction& i, u32 piece, const Touch& load);
+    const Touch& load_at(u32 piece) const { return pieces_[piece].write; }
     // cp.async: asynchronous, but in the generic proxy.
     void copy_write(Warp& w, const Instruction& i, u32 piece, Touch as);
     // Another warp of the wgmma that read these pieces: it must have seen their loads as well.
     void check_loads(Warp& w, const Instruction& i, const std::vector<u32>& pieces);
     void set_mbarrier(u32 offset, bool live);
-    // A load that nobody has read, when the block ends.
+    // A load of which nobody has read anything, when the block ends.
     const Touch* unread_load() const;
 
   private:
