@@ -3,15 +3,44 @@
 
 from __future__ import annotations
 
-from ..problem import AttentionProblem
-from .bwd import bwd, bwd_unsupported_reason
-from .cache import append_kv, rotary_q
-from .combine import combine, merge_state
-from .fwd import fwd
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..problem import AppendProblem, AttentionProblem
+from . import bwd as _bwd
+from . import cache as _cache
+from . import combine as _combine
+from . import fwd as _fwd
 
 __all__ = ["append_kv", "bwd", "combine", "fwd", "merge_state", "rotary_q", "unsupported_reason"]
 
 
 def unsupported_reason(p: AttentionProblem, needs_grad: bool) -> str | None:
     """Why this backend does not serve `p`, or None."""
-    return bwd_unsupported_reason(p) if needs_grad else None
+    return _bwd.bwd_unsupported_reason(p) if needs_grad else None
+
+
+def _on_its_device(fn: Callable[..., None], tensor: Callable[..., Tensor]) -> Callable[..., None]:
+    """`fn` on the device of `tensor(its first argument)`, for Triton launches on the current one."""
+
+    @functools.wraps(fn)
+    def wrapper(first: AttentionProblem | AppendProblem | Tensor, *args: Tensor | bool | None) -> None:
+        device = tensor(first).device
+        if device.type != "cuda" or device.index == torch.cuda.current_device():
+            fn(first, *args)
+        else:
+            with torch.cuda.device(device):
+                fn(first, *args)
+
+    return wrapper
+
+
+fwd = _on_its_device(_fwd.fwd, lambda p: p.q)
+bwd = _on_its_device(_bwd.bwd, lambda p: p.q)
+append_kv = _on_its_device(_cache.append_kv, lambda a: a.k_cache)
+rotary_q = _on_its_device(_cache.rotary_q, lambda q: q)
+combine = _on_its_device(_combine.combine, lambda out_partial: out_partial)
+merge_state = _on_its_device(_combine.merge_state, lambda out_a: out_a)

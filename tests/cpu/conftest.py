@@ -54,7 +54,6 @@ class Child:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "interpreted: runs under Triton's interpreter, in a process of its own")
     config.stash[CHILDREN] = {}
     if PIPE in os.environ:
         config.pluginmanager.register(Reporter(config, int(os.environ.pop(PIPE))))

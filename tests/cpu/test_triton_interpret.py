@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The forward, cache and merge kernels of the Triton backend in Triton's interpreter, against the oracle.
 
-A program of a kernel takes some 50 ms, so each case is a few tiles (of 64 or 128 rows and 64 keys).
+A program of a kernel takes some 50 ms there, so each case is a few tiles (of 64 or 128 rows and 64 keys). On a GPU
+`tests/gpu/test_triton_features.py` runs the same tests.
 """
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import pytest
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import flash_attn3
-from flash_attn3 import flash_attn_combine, merge_state, reference
+from flash_attn3 import env, flash_attn_combine, merge_state, reference
 from flash_attn3.testing import (
     GradCheck,
     bitwise_equal,
@@ -47,7 +47,18 @@ FEATURES = {
     "scale": {"softmax_scale": 0.3},
     "no scale": {"softmax_scale": 0.0, "causal": True},
 }
-attend = partial(call, backend="triton")
+DEVICE = "cuda" if torch.cuda.is_available() and not env.triton_interpret() else "cpu"
+
+
+def attend(case: dict[str, Any], **options: Any) -> list[Tensor]:
+    """Results on the CPU; what is appended to a cache is appended to that of the case."""
+    arguments = case | options
+    moved = {name: x.to(DEVICE) if isinstance(x, Tensor) else x for name, x in arguments.items()}
+    results = [x.cpu() for x in call(moved, backend="triton")]
+    for name in ("k", "v", "out"):
+        if isinstance(arguments.get(name), Tensor) and DEVICE == "cuda":
+            arguments[name].copy_(moved[name])
+    return results
 
 
 def check(case: dict[str, Any], **options: Any) -> None:
@@ -84,7 +95,7 @@ SIZES = [(0, 5), (1, 1), (1, 64), (1, 65), (63, 63), (64, 0), (65, 64), (127, 1)
 @pytest.mark.parametrize("feature", ["causal", "window"])
 def test_sizes(seqlen_q: int, seqlen_k: int, feature: str) -> None:
     sizes = {"batch": 1, "seqlen_q": seqlen_q, "seqlen_k": seqlen_k, "num_heads": 1, "num_heads_kv": 1, "head_dim": 8}
-    check(poison(make_inputs("dense", dtype=FP32, **sizes) | FEATURES[feature]))
+    check(poison(make_inputs("dense", dtype=FP16, **sizes) | FEATURES[feature]))
 
 
 @pytest.mark.parametrize("dims", [(8, 8), (40, 40), (96, 96), (128, 128), (192, 128), (256, 256), (64, 256)], ids=str)
@@ -267,11 +278,12 @@ def test_strides_move_no_bit() -> None:
     case = make_inputs("dense", seqlen_q=40, seqlen_k=70, head_dim=16, **SMALL) | {"causal": True}
     strided = {name: restrided(case[name], seed) for seed, name in enumerate("qkv")}
     assert same(case, case | strided)
-    expected = attend(case)
-    out = restrided(torch.full_like(expected[0], NAN))
-    assert all(bitwise_equal(a, b) for a, b in zip(attend(case, out=out), expected, strict=True))
-    unrounded, _ = attend(case, out=torch.full(expected[0].shape, NAN))
-    assert bitwise_equal(unrounded.to(BF16), expected[0])
+    expected, _ = attend(case)
+    out = restrided(torch.full_like(expected, NAN))
+    attend(case, out=out)
+    assert bitwise_equal(out, expected)
+    unrounded, _ = attend(case, out=torch.full(expected.shape, NAN))
+    assert bitwise_equal(unrounded.to(BF16), expected)
 
 
 def test_equal_masks_give_equal_bits() -> None:
@@ -304,7 +316,8 @@ def test_combine(num_splits: int, out_dtype: torch.dtype) -> None:
     lse = values(out.shape[:-1], FP32, seed=1) * 30
     lse[:, 0, :5], lse[0, 1], out[0, 1] = -INF, -INF, NAN
     lse_strided = lse.transpose(2, 3).contiguous().transpose(2, 3)
-    merged, merged_lse = flash_attn_combine(out, lse_strided, out_dtype=out_dtype, backend="triton")
+    partials = out.to(DEVICE), lse_strided.to(DEVICE)
+    merged, merged_lse = (x.cpu() for x in flash_attn_combine(*partials, out_dtype=out_dtype, backend="triton"))
     exact, exact_lse = reference.combine(out, lse)
     tolerance = max(torch.finfo(out_dtype).eps, 1e-5)
     torch.testing.assert_close(merged.double(), exact, rtol=tolerance, atol=1e-5)
@@ -320,7 +333,11 @@ def test_merge_state(layout: str, dtype: torch.dtype) -> None:
     lse_b[0], out_b[0] = -INF, NAN
     out_a[0, 0, 0, 0] = -0.0
     given = (lambda x: x.transpose(1, 2).contiguous()) if layout == "sh" else (lambda x: x)
-    merge = partial(merge_state, lse_layout=layout, backend="triton")
+
+    def merge(*states: Tensor) -> list[Tensor]:
+        merged = merge_state(*(x.to(DEVICE) for x in states), lse_layout=layout, backend="triton")
+        return [x.cpu() for x in merged]
+
     out, lse = merge(out_a, given(lse_a), out_b, given(lse_b))
     swapped, _ = merge(out_b, given(lse_b), out_a, given(lse_a))
     exact, exact_lse = reference.merge(out_a, lse_a, out_b, lse_b)
