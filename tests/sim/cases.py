@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Cases for Hopper kernels, and how they are run and judged; small enough for the simulator."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flash_attn3 import variants
+from flash_attn3.testing import GradCheck, call, make_inputs
+from flash_attn3.variants import FwdVariant
+
+BACKEND = "hopper"
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+VARIANTS = [variant.name for variant in variants.fwd_variants()]
+MASKS = {
+    "full": {},
+    "causal": {"causal": True},
+    "left": {"window_size": (70, 0)},
+    "right": {"window_size": (-1, 40)},
+    "window": {"window_size": (17, 150)},
+    "narrow": {"window_size": (0, 0)},
+    "chunk": {"attention_chunk": 50},
+    "causal chunk": {"causal": True, "attention_chunk": 100},
+}
+POLICIES = (
+    "policy=eager",
+    "policy=lazy,order=newest",
+    "policy=lazy,order=oldest",
+    "policy=random,seed=1",
+    "policy=random,seed=2,cta_order=random,coresident=2",
+    "policy=eager,first_try_fails=1",
+    "policy=lazy,late=reads",
+    "policy=lazy,late=writes",
+    "policy=eager,elect=last,cta_order=backward",
+)
+
+
+def named(choice: dict[str, Any]) -> str:
+    return "-".join(str(value).replace(" ", "") for value in choice.values())
+
+
+def inputs(variant: str, layout: str = "dense", narrower: int = 0, **sizes: Any) -> dict[str, Any]:
+    """A case whose kernel is `variant`, with head dims smaller than its own by `narrower`."""
+    shape: FwdVariant = variants.by_name(variant)
+    dims = {"head_dim": shape.head_dim - narrower, "head_dim_v": shape.head_dim_v - narrower}
+    return make_inputs(layout, dtype=DTYPES[shape.dtype], **dims | sizes)
+
+
+def attend(case: dict[str, Any], **options: Any) -> tuple[Tensor, ...]:
+    return call(case, backend=BACKEND, **options)
+
+
+def check(case: dict[str, Any], **options: Any) -> tuple[Tensor, ...]:
+    """The results of `case`, which are near the oracle's."""
+    results = attend(case, **options)
+    GradCheck(case).check_forward(*results)
+    return results

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The Hopper backend on the simulator: real `_C`, real PTX, CPU tensors for device memory.
+
+Kernels may touch the tensors of the call and nothing beside them, and a hazard fails the launch. FLASH_ATTN3_LIBCUDA
+names another build of the simulator.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from torch import Tensor
+
+from flash_attn3 import extension, hopper, runtime
+from flash_attn3.build import sources, toolchain
+from flash_attn3.errors import ToolchainError
+from tests import hopper_sim
+
+FOLDER = Path(__file__).parent
+VARIABLE = "FLASH_ATTN3_LIBCUDA"
+
+
+def _missing() -> str | None:
+    """What tests of kernels need and this machine lacks."""
+    if hopper_sim.compiler() is None:
+        return "the simulator is compiled with g++, which is not on PATH"
+    try:
+        toolchain.find()
+        sources.cutlass_folder()
+    except ToolchainError as error:
+        return str(error)
+    return extension.unavailable_reason()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    simulated = [item for item in items if FOLDER in item.path.parents and "simulator" in item.fixturenames]
+    if simulated and (reason := _missing()):
+        for item in simulated:
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session")
+def simulated_driver() -> Iterator[hopper_sim.Driver]:
+    """The simulator in place of the CUDA driver, for as long as tests of this folder run."""
+    before = os.environ.get(VARIABLE)
+    library = before or str(hopper_sim.build())
+    os.environ[VARIABLE] = library
+    runtime._diagnosis.cache_clear()
+    if (opened := extension.load().driver_path()) != library:
+        pytest.fail(f"this process has opened {opened} before: run tests/sim on its own")
+    yield hopper_sim.Driver(Path(library))
+    os.environ.pop(VARIABLE) if before is None else os.environ.update({VARIABLE: before})
+    runtime._diagnosis.cache_clear()
+
+
+@pytest.fixture
+def simulator(simulated_driver: hopper_sim.Driver, monkeypatch: pytest.MonkeyPatch) -> Iterator[hopper_sim.Driver]:
+    """The simulator with default options; a launch may touch the tensors that it was given and no other memory."""
+    driver = simulated_driver
+    driver.reset()
+    given: list[Tensor] = []
+    view = hopper._view
+
+    def noted(x: Tensor | None) -> tuple | None:
+        if x is not None:
+            given.append(x)
+        return view(x)
+
+    @ctypes.CFUNCTYPE(None)
+    def on_launch() -> None:
+        for x in given:
+            driver.register(x.data_ptr(), extent(x), f"{str(x.dtype).removeprefix('torch.')}{tuple(x.shape)}")
+        given.clear()
+
+    monkeypatch.setattr(hopper, "_view", noted)
+    monkeypatch.setattr(hopper, "_num_multiprocessors", hopper._num_multiprocessors.__wrapped__)  # tests change it
+    driver.library.hopper_sim_on_launch(on_launch)
+    yield driver
+    report = driver.report()
+    driver.reset()
+    warnings = [warning for launch in report["launches"] for warning in launch["warnings"]]
+    assert not warnings, warnings[0]
+
+
+def extent(x: Tensor) -> int:
+    """Bytes from the first to the last element."""
+    if x.numel() == 0:
+        return 0
+    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return (last + 1) * x.element_size()
