@@ -12,7 +12,17 @@ from torch import Tensor
 
 import flash_attn3
 from flash_attn3 import reference
-from flash_attn3.testing import GradCheck, assert_lse, bitwise_equal, call, make_inputs, pairwise, restrided, values
+from flash_attn3.testing import (
+    GradCheck,
+    assert_lse,
+    bitwise_equal,
+    call,
+    make_inputs,
+    pairwise,
+    restrided,
+    values,
+    with_descales,
+)
 
 DEVICE, BACKEND = "cuda", "triton"
 
@@ -94,6 +104,50 @@ def test_append_and_rotary(layout: str, interleaved: bool) -> None:
     GradCheck(case).check_forward(out.cpu(), lse.cpu())
     assert bitwise_equal(on_device["v"].cpu(), caches[1])
     torch.testing.assert_close(on_device["k"].cpu(), caches[0], rtol=2**-7, atol=0, equal_nan=True)
+
+
+# Real sizes: the oracle holds the whole score matrix, so it takes the rows in chunks, with the keys up to the last row.
+
+LARGE = [
+    ("bf16 causal", {"head_dim": 128}, {"causal": True}),
+    ("fp16 full", {"head_dim": 64, "dtype": torch.float16}, {}),
+    ("bf16 window", {"head_dim": 128}, {"window_size": (1024, 0)}),
+    ("bf16 d256", {"head_dim": 256}, {"causal": True}),
+    ("bf16 d192", {"head_dim": 192, "head_dim_v": 128}, {"causal": True, "softcap": 30.0}),
+    ("bf16 sink", {"head_dim": 64, "sink": True}, {"causal": True, "window_size": (127, -1)}),
+]
+
+
+@pytest.mark.parametrize(("sizes", "options"), [case[1:] for case in LARGE], ids=[case[0] for case in LARGE])
+@pytest.mark.parametrize("distribution", ["normal", "paper"])
+def test_large(sizes: dict[str, Any], options: dict[str, Any], distribution: str) -> None:
+    seqlen, chunk = 8192, 1024
+    heads = {"batch": 1, "num_heads": 4, "num_heads_kv": 2, "seqlen_q": seqlen, "seqlen_k": seqlen}
+    case = make_inputs("dense", distribution=distribution, **heads, **sizes) | options
+    case = moved(case)
+    out, lse = call(case, backend=BACKEND)
+    ends_with_row = options.get("causal") or "window_size" in options
+    for start in range(0, seqlen, chunk):
+        rows, keys = slice(start, start + chunk), slice(0, start + chunk if ends_with_row else seqlen)
+        part = case | {"q": case["q"][:, rows], "k": case["k"][:, keys], "v": case["v"][:, keys]}
+        GradCheck(part, distribution=distribution).check_forward(out[:, rows], lse[:, :, rows])
+
+
+@pytest.mark.parametrize("page_size", [16, 64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn], ids=str)
+def test_large_decode(page_size: int, dtype: torch.dtype) -> None:
+    """32 sequences of up to 16k keys, GQA 8:1, splits by heuristic; one query token, or four to speculate with."""
+    for seqlen_q in (1, 4):
+        heads = {"batch": 32, "num_heads": 16, "num_heads_kv": 2, "head_dim": 128, "page_size": page_size}
+        case = make_inputs("paged", seqlen_q=seqlen_q, seqlen_k=16384, dtype=dtype, least_k=1, **heads)
+        case = moved(case | {"q": case["q"].to(torch.bfloat16), "causal": True})
+        if dtype == torch.float8_e4m3fn:
+            case = with_descales(case, blocks=True)
+        out, lse = call(case, num_splits=0, backend=BACKEND)
+        for n in range(32):
+            tensors = ("q", "page_table", "seqused_k", "k_descale", "v_descale")
+            alone = case | {name: case[name][n : n + 1] for name in tensors if name in case}
+            GradCheck(alone).check_forward(out[n : n + 1], lse[n : n + 1])
 
 
 def test_layout_moves_no_bits() -> None:
