@@ -9,6 +9,12 @@ namespace {
 
 Step nothing(Warp&, const Instruction&, u32) { return Step::next; }
 
+Step make_policy(Warp& w, const Instruction& i, u32 mask) {
+    u64* d = w.reg<u64>(i.dst);
+    each_lane(mask, [=](u32 lane) { d[lane] = 0; });
+    return Step::next;
+}
+
 Step trap(Warp& w, const Instruction& i, u32) { fail(kLaunchFailed, w, i, "trap"); }
 
 // Warps that left count as arrived where the whole block is meant.
@@ -22,6 +28,8 @@ void complete_if_due(Cta& cta, NamedBarrier& barrier) {
     barrier.warps = 0;
     barrier.released = std::move(barrier.arriving);
     barrier.arriving = Order();
+    barrier.result = barrier.votes;
+    barrier.votes = {};
     ++barrier.generation;
 }
 
@@ -46,6 +54,26 @@ void arrive(Warp& w, const Instruction& i, u32 lane, u32 id, NamedBarrier& barri
     w.release(barrier.arriving);
 }
 
+enum Reduction : u8 { kNone, kCount, kAll, kAny };
+
+void vote(Warp& w, const Instruction& i, u32 mask, NamedBarrier& barrier) {
+    bool negated = i.is_signed;
+    u32 yes = (negated ? ~w.predicate(i.c) : w.predicate(i.c)) & mask;
+    barrier.votes.threads += static_cast<u32>(__builtin_popcount(mask));
+    barrier.votes.yes += static_cast<u32>(__builtin_popcount(yes));
+}
+
+void tell_result(Warp& w, const Instruction& i, u32 mask, const NamedBarrier& barrier) {
+    auto [threads, yes] = barrier.result;
+    if (i.immediate == kCount) {
+        u32* d = w.reg<u32>(i.dst);
+        each_lane(mask, [d, count = yes](u32 lane) { d[lane] = count; });
+    } else {
+        bool result = i.immediate == kAll ? yes == threads : yes > 0;
+        w.set_predicate(i.dst, result ? kAllLanes : 0, mask);
+    }
+}
+
 Step barrier_sync(Warp& w, const Instruction& i, u32 mask) {
     u32 lane = static_cast<u32>(__builtin_ctz(mask)), id = w.reg<u32>(i.a)[lane];
     if (id > 15) fail(kLaunchFailed, w, i, format("barrier %u of 16", id));
@@ -53,6 +81,7 @@ Step barrier_sync(Warp& w, const Instruction& i, u32 mask) {
     if (!w.at_named_barrier) {
         u32 generation = barrier.generation;
         arrive(w, i, lane, id, barrier);
+        if (i.immediate != kNone) vote(w, i, mask, barrier);
         w.at_named_barrier = true;
         w.barrier_id = id;
         w.barrier_generation = generation;
@@ -62,6 +91,7 @@ Step barrier_sync(Warp& w, const Instruction& i, u32 mask) {
     if (!arrives_only && barrier.generation == w.barrier_generation)
         return w.wait_for(Wait::named_barrier, id);
     if (!arrives_only) w.order.join(barrier.released);
+    if (i.immediate != kNone) tell_result(w, i, mask, barrier);
     w.at_named_barrier = false;
     return Step::next;
 }
@@ -126,6 +156,19 @@ Step set_max_registers(Warp& w, const Instruction& i, u32) {
     return Step::next;
 }
 
+// "bar.red.popc.u32 d, id, count, p", with a predicate for d in .and and .or
+void decode_reduction(Decode& d) {
+    std::string_view kind = d.modifiers.take_any({"popc", "and", "or"});
+    bool counts = kind == "popc";
+    if (kind.empty() || !d.modifiers.take(counts ? "u32" : "pred"))
+        throw Error(kNotSupported, "barrier reduction of this kind");
+    bool negated = false;
+    d.i.immediate = counts ? kCount : kind == "and" ? kAll : kAny;
+    d.i.c = d.read_predicate(d.args.back(), negated);
+    d.i.is_signed = negated;
+    d.i.dst = d.write(0, counts ? 4 : kPredicate);
+}
+
 }  // namespace
 
 void decode_barrier(Decode& d) {
@@ -139,25 +182,30 @@ void decode_barrier(Decode& d) {
         return;
     }
     bool cluster = d.modifiers.take("cluster");
-    std::string_view kind = d.modifiers.take_any({"sync", "arrive", "wait"});
+    std::string_view kind = d.modifiers.take_any({"sync", "arrive", "wait", "red"});
     d.modifiers.take("cta");
-    bool aligned = d.modifiers.take("aligned") || old_name;
-    if (kind.empty() || !aligned) throw Error(kNotSupported, "barrier of this kind");
+    // Without .aligned the lanes of a warp may come one by one; here they come together.
+    if (!old_name) d.modifiers.take("aligned");
+    if (kind.empty()) throw Error(kNotSupported, "barrier of this kind");
     d.i.flow = Flow::aligned;
     if (cluster) {
         d.expect_args(0, 0);
         d.modifiers.take_any({"acquire", "release"});
         d.i.option = d.modifiers.take("relaxed");
-        if (kind == "sync") throw Error(kNotSupported, "barrier.cluster.sync");
+        if (kind == "sync" || kind == "red")
+            throw Error(kNotSupported, "barrier.cluster of this kind");
         d.i.run = kind == "wait" ? cluster_wait : cluster_arrive;
         return;
     }
-    d.expect_args(1, 2);
-    d.i.variant = kind == "arrive";
     if (kind == "wait") throw Error(kNotSupported, "barrier.wait");
-    d.i.a = d.read(0, 4);
-    d.i.option = d.args.size() == 2;
-    if (d.i.option) d.i.b = d.read(1, 4);
+    bool reduces = kind == "red";
+    if (reduces) decode_reduction(d);
+    size_t id = reduces ? 1 : 0, operands = reduces ? 2 : 0;  // before the id; besides id and count
+    d.expect_args(operands + 1, operands + 2);
+    d.i.variant = kind == "arrive";
+    d.i.a = d.read(id, 4);
+    d.i.option = d.args.size() == operands + 2;
+    if (d.i.option) d.i.b = d.read(id + 1, 4);
     d.i.run = barrier_sync;
 }
 
@@ -187,6 +235,19 @@ void decode_hint(Decode& d) {
                                  "L2::evict_last", "L2::evict_normal", "const"})
         d.modifiers.take(modifier);
     d.i.run = nothing;
+}
+
+// A cache policy is a number that only hints take.
+void decode_createpolicy(Decode& d) {
+    d.expect_args(2, 2);
+    bool known = d.modifiers.take("fractional") && d.modifiers.take("b64");
+    d.modifiers.take_any(
+        {"L2::evict_last", "L2::evict_normal", "L2::evict_first", "L2::evict_unchanged"});
+    d.modifiers.take_any({"L2::evict_first", "L2::evict_unchanged"});
+    if (!known) throw Error(kNotSupported, "createpolicy of this kind");
+    d.read(1, 4);
+    d.i.dst = d.write(0, 8);
+    d.i.run = make_policy;
 }
 
 void decode_setmaxnreg(Decode& d) {

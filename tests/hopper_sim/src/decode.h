@@ -179,6 +179,7 @@ void decode_redux(Decode&);
 void decode_barrier(Decode&);
 void decode_fence(Decode&);
 void decode_hint(Decode&);
+void decode_createpolicy(Decode&);
 void decode_setmaxnreg(Decode&);
 void decode_trap(Decode&);
 void decode_griddepcontrol(Decode&);

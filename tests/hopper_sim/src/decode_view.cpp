@@ -174,6 +174,7 @@ StemDecoder find_stem(std::string_view stem) {
         {"prefetchu", decode_hint},
         {"nanosleep", decode_hint},
         {"pmevent", decode_hint},
+        {"createpolicy", decode_createpolicy},
         {"setmaxnreg", decode_setmaxnreg},
         {"trap", decode_trap},
         {"griddepcontrol", decode_griddepcontrol},

@@ -232,10 +232,8 @@ class Scheduler {
         return progress;
     }
 
-    void leave(Warp& w) {
-        --w.cta->live_warps;
-        w.cta->register_pool += static_cast<s64>(w.register_count) * kWarpSize;
-    }
+    // Registers go back to the pool by setmaxnreg.dec only.
+    void leave(Warp& w) { --w.cta->live_warps; }
 
     bool complete_something() {
         for (auto& cluster : active_)

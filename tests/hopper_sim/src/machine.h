@@ -150,6 +150,9 @@ struct NamedBarrier {
     u32 arrived = 0, expected = 0, generation = 0;
     bool whole_block = false;
     u32 warps = 0;  // that arrived in this generation, a bit each
+    struct Votes {
+        u32 threads = 0, yes = 0;
+    } votes, result;  // of bar.red: so far, and of the generation before
     Order arriving, released;
 };
 
