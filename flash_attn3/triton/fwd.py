@@ -356,22 +356,23 @@ def fwd(p: AttentionProblem, out: Tensor, lse: Tensor, max_logits: Tensor | None
         lse.fill_(float("-inf"))
     if p.batch == 0 or lse.numel() == 0:
         return
-    lse_rows = lse.transpose(-1, -2)  # (b, s_q, h) or (t_q, h)
     packed = p.cu_seqlens_q is not None
-    max_rows = (p.max_seqlen_q if packed else p.q.shape[1]) * (p.num_heads // p.num_heads_kv)
+    num_heads_kv = p.num_heads_kv
+    max_rows = (p.max_seqlen_q if packed else p.q.shape[1]) * (p.num_heads // num_heads_kv)
     arch = architecture(p.q.device)
     is_fp8 = p.k.dtype == torch.float8_e4m3fn
     config = fwd_config(arch.name, p.head_dim, p.head_dim_v, is_fp8, max_rows)
     num_m_blocks = max(1, -(-max_rows // config.block_m))
-    num_tiles = num_m_blocks * p.num_heads_kv * p.batch
+    num_tiles = num_m_blocks * num_heads_kv * p.batch
     splits = choose_splits(p, cache_slots(p.k, p.page_table), num_tiles, config.block_n, arch.num_multiprocessors)
     if splits.num == 1:
-        _launch(p, config, num_m_blocks, splits, out[None], lse_rows[None], max_logits)
+        _launch(p, config, num_m_blocks, splits, out, lse, (0, *out.stride()), (0, *lse.stride()), max_logits)
         return
     out_partial = out.new_empty((splits.num, *out.shape), dtype=torch.float32)
-    lse_partial = lse.new_empty((splits.num, *lse_rows.shape))
-    _launch(p, config, num_m_blocks, splits, out_partial, lse_partial, max_logits)
-    combine(out_partial, lse_partial, out, lse_rows)
+    lse_partial = lse.new_empty((splits.num, *lse.shape))
+    strides = out_partial.stride(), lse_partial.stride()
+    _launch(p, config, num_m_blocks, splits, out_partial, lse_partial, *strides, max_logits)
+    combine(out_partial, lse_partial.transpose(-1, -2), out, lse.transpose(-1, -2))
 
 
 def _launch(
@@ -379,22 +380,26 @@ def _launch(
     config: Config,
     num_m_blocks: int,
     splits: Splits,
-    out: Tensor,  # (num_splits, b, s_q, h, dv) or (num_splits, t_q, h, dv)
-    lse: Tensor,  # (num_splits, b, s_q, h) or (num_splits, t_q, h)
+    out: Tensor,
+    lse: Tensor,
+    stride_out: tuple[int, ...],  # (split, b, s_q, h, dv) or (split, t_q, h, dv)
+    stride_lse: tuple[int, ...],  # (split, b, h, s_q) or (split, h, t_q)
     max_logits: Tensor | None,
 ) -> None:
     packed_q, packed_k = p.cu_seqlens_q is not None, p.cu_seqlens_k is not None
+    q, k, v = p.q, p.k, p.v
+    group, num_heads_kv, head_dim, head_dim_v = p.num_heads // p.num_heads_kv, k.shape[-2], k.shape[-1], v.shape[-1]
+    batch, num_slots = p.batch, cache_slots(k, p.page_table)
     score_scale, logit_scale = 1.0, max(p.softmax_scale, SMALLEST_SCALE)
     if p.softcap > 0:
         score_scale, logit_scale = p.softmax_scale / p.softcap, p.softcap
     stride_q_descale, blocks_q_descale = scale_strides(p.q_descale)
     stride_k_descale, blocks_k_descale = scale_strides(p.k_descale)
     stride_v_descale, blocks_v_descale = scale_strides(p.v_descale)
-    group = p.num_heads // p.num_heads_kv
-    fwd_kernel[(num_m_blocks * splits.num * p.num_heads_kv * p.batch,)](
-        bits(p.q),
-        bits(p.k),
-        bits(p.v),
+    fwd_kernel[(num_m_blocks * splits.num * num_heads_kv * batch,)](
+        bits(q),
+        bits(k),
+        bits(v),
         p.qv,
         out,
         lse,
@@ -412,13 +417,13 @@ def _launch(
         p.kv_batch_idx,
         p.page_table,
         p.cp_tot_seqused_k if p.cp_world_size > 1 else None,
-        status.device_word(p.q.device),
-        row_strides(p.q, packed=packed_q),
-        row_strides(p.k, packed=packed_k),
-        row_strides(p.v, packed=packed_k),
+        status.device_word(q.device),
+        row_strides(q, packed=packed_q),
+        row_strides(k, packed=packed_k),
+        row_strides(v, packed=packed_k),
         (0, 0, 0) if p.qv is None else row_strides(p.qv, packed=packed_q),
-        (out.stride(0), *row_strides(out[0], packed=packed_q)),
-        (lse.stride(0), *row_strides(lse[0], packed=packed_q)),
+        (stride_out[0], 0 if packed_q else stride_out[1], *stride_out[-3:-1]),
+        (stride_lse[0], 0 if packed_q else stride_lse[1], stride_lse[-1], stride_lse[-2]),
         0 if p.page_table is None else p.page_table.stride(0),
         stride_q_descale,
         stride_k_descale,
@@ -427,13 +432,13 @@ def _launch(
         blocks_k_descale,
         blocks_v_descale,
         group if p.q_descale is not None and p.q_descale.ndim == 2 else 1,
-        p.q.shape[-3],
-        cache_slots(p.k, p.page_table),
-        p.k.shape[0] if p.page_table is None else p.page_table.shape[0],
-        p.k.shape[0],
+        q.shape[-3],
+        num_slots,
+        k.shape[0] if p.page_table is None else p.page_table.shape[0],
+        k.shape[0],
         p.seqlen_k_new,
-        p.batch,
-        p.num_heads_kv,
+        batch,
+        num_heads_kv,
         num_m_blocks,
         splits.num,
         splits.min_blocks,
@@ -445,15 +450,15 @@ def _launch(
         score_scale,
         logit_scale,
         GROUP=group,
-        HEAD_DIM=p.head_dim,
-        HEAD_DIM_V=p.head_dim_v,
-        PAGE_SIZE=0 if p.page_table is None else p.k.shape[1],
+        HEAD_DIM=head_dim,
+        HEAD_DIM_V=head_dim_v,
+        PAGE_SIZE=0 if p.page_table is None else k.shape[1],
         SOFTCAP=p.softcap > 0,
-        K_IS_V=same_memory(p.k, p.v),
+        K_IS_V=same_memory(k, v),
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
-        BLOCK_D=block_dim(p.head_dim),
-        BLOCK_DV=block_dim(p.head_dim_v),
+        BLOCK_D=block_dim(head_dim),
+        BLOCK_DV=block_dim(head_dim_v),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
