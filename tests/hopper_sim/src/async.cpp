@@ -44,7 +44,7 @@ void load(Cluster&, AsyncOperation& op) {
         arrive_for_copies(*op.warp, op.lane);
         return;
     }
-    complete_transaction(*op.cta, op.mbarrier, op.bytes);
+    complete_transaction(*op.cta, op.mbarrier, op.bytes, op.end);
 }
 
 void read_source(AsyncOperation& op) {
@@ -97,8 +97,10 @@ void check_allocation(AsyncOperation& op) {
     if (!op.is_tensor()) return;
     each_row(op.map, op.start, [&](const BoxRow& r) {
         if (r.first == r.last) return;
-        global_range(*op.warp, *op.at, r.address + r.first * op.map.element_bytes,
-                     (r.last - r.first) * op.map.element_bytes);
+        u64 from = r.address + r.first * op.map.element_bytes,
+            bytes = (r.last - r.first) * op.map.element_bytes;
+        global_range(*op.warp, *op.at, from, bytes);
+        if (op.is_load()) op.cta->grid().report->statistics.note_read(from, bytes);
     });
 }
 
@@ -157,7 +159,11 @@ void issue(Cluster& cluster, AsyncOperation op) {
     ++grid.report->statistics.async_sites[op.at->line];
     (op.is_load() ? grid.report->statistics.tma_bytes_in : grid.report->statistics.tma_bytes_out) +=
         op.bytes;
-    if (op.group) ++op.group->unread, ++op.group->unwritten, ++op.group->operations;
+    op.end = op.warp->now() + kCopyTicks;
+    if (op.group) {
+        ++op.group->unread, ++op.group->unwritten, ++op.group->operations;
+        op.group->end = op.end;
+    }
     enter_shadow(op);
     if (waits_at_issue(grid.config, op)) {
         if (op.is_load()) poison_destination(op);

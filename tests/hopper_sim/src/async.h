@@ -18,6 +18,7 @@ struct Warp;
 struct Group {
     u32 unread = 0, unwritten = 0;
     u32 operations = 0;
+    u64 end = 0;  // of the last, in logical time
 };
 
 struct AsyncOperation {
@@ -37,6 +38,7 @@ struct AsyncOperation {
     std::shared_ptr<Group> group;
     std::shared_ptr<Group> tracked;  // cp.async: for arrivals on mbarriers
     bool source_read = false;
+    u64 end = 0;             // in logical time
     std::vector<u8> staged;  // source of a store, once read
 
     bool is_load() const { return kind == tensor_load || kind == bulk_load || kind == cp_async; }

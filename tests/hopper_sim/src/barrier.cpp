@@ -90,7 +90,7 @@ Step barrier_sync(Warp& w, const Instruction& i, u32 mask) {
     bool arrives_only = i.variant;
     if (!arrives_only && barrier.generation == w.barrier_generation)
         return w.wait_for(Wait::named_barrier, id);
-    if (!arrives_only) w.order.join(barrier.released);
+    if (!arrives_only) w.acquire(barrier.released, Stall::named_barrier);
     if (i.immediate != kNone) tell_result(w, i, mask, barrier);
     w.at_named_barrier = false;
     return Step::next;
@@ -127,7 +127,7 @@ Step cluster_wait(Warp& w, const Instruction& i, u32) {
     if (!w.at_cluster_barrier) fail(kLaunchFailed, w, i, "barrier.cluster.wait without an arrival");
     complete_if_due(cluster);
     if (cluster.generation == w.cluster_generation) return w.wait_for(Wait::cluster_barrier);
-    w.order.join(cluster.released);
+    w.acquire(cluster.released, Stall::cluster_barrier);
     w.at_cluster_barrier = false;
     return Step::next;
 }

@@ -69,6 +69,7 @@ void issue_load(Warp& w, const Instruction& i, AsyncOperation op, u64 smem, u64 
         fail(kLaunchFailed, w, i, format("multicast to block mask 0x%x", ctas));
     for (; ctas; ctas &= ctas - 1) {
         op.cta = cluster.ctas[static_cast<size_t>(__builtin_ctz(ctas))].get();
+        if (multicast) w.cta->grid().report->statistics.multicast_bytes += op.bytes;
         if (op.cta != w.cta && op.cta->live_warps == 0)
             hazard(w, i, "peer-exit", "loads into the shared memory of a block that has left");
         issue(cluster, op);
@@ -180,6 +181,10 @@ Step wait_groups(Warp& w, const Instruction& i, u32 mask) {
         if (pending)
             return w.wait_for(Bulk ? Wait::bulk_group : Wait::async_group,
                               static_cast<u32>(i.immediate), pending);
+        u64 end = 0;
+        for (size_t n = 0; n + static_cast<size_t>(i.immediate) < groups.committed.size(); ++n)
+            end = std::max(end, groups.committed[n]->end);
+        w.wait_until(end, Stall::copies);
         u32 seen = groups.commits - std::min(groups.commits, static_cast<u32>(i.immediate));
         groups.seen_read = std::max(groups.seen_read, seen);
         if (i.variant == kWritten) groups.seen_written = std::max(groups.seen_written, seen);

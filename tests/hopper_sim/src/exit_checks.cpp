@@ -50,7 +50,7 @@ void check_lane_exit(Warp& w, const Instruction& i, u32 mask) {
             unfinished(w.async_groups[lane], w.async_groups[lane].seen_written))
             hazard(w, i, "exit", "a thread leaves with cp.async in flight");
     }
-    if (!w.wgmma_open.empty() || w.wgmma_groups > w.wgmma_completed)
+    if (!w.wgmma_open.operations.empty() || w.wgmma_groups > w.wgmma_completed)
         hazard(w, i, "exit", "a warp leaves with wgmma in flight");
     if (w.at_cluster_barrier)
         hazard(w, i, "exit", "a warp leaves after barrier.cluster.arrive without a wait");

@@ -233,7 +233,12 @@ class Scheduler {
     }
 
     // Registers go back to the pool by setmaxnreg.dec only.
-    void leave(Warp& w) { --w.cta->live_warps; }
+    void leave(Warp& w) {
+        --w.cta->live_warps;
+        Statistics& statistics = grid_.report->statistics;
+        statistics.role(w.id).instructions += w.instructions;
+        statistics.ticks = std::max(statistics.ticks, w.now());
+    }
 
     bool complete_something() {
         for (auto& cluster : active_)

@@ -44,7 +44,7 @@ struct Wait {
 struct Split {
     u32 pc = 0;
     u32 mask = 0;
-    bool blocked = false;
+    bool blocked = false, counted = false;  // in this round; as one that had to wait here
     Wait wait;
     u64 ran = 0;  // the warp's count of instructions when it last ran
 };
@@ -73,7 +73,10 @@ struct WgmmaOperation {
     std::vector<u32> accumulators, a_registers;  // slots
     std::vector<u32> pieces;                     // smem read, in units of kPieceBytes
 };
-using WgmmaGroup = std::vector<WgmmaOperation>;
+struct WgmmaGroup {
+    std::vector<WgmmaOperation> operations;
+    u64 end = 0;  // in logical time
+};
 
 struct Warp {
     u8* registers = nullptr;
@@ -94,7 +97,7 @@ struct Warp {
     std::deque<WgmmaGroup> wgmma_committed;
     u64 wgmma_issued = 0, wgmma_groups = 0, wgmma_completed = 0, wgmma_fences = 0;
     std::vector<RegisterTag> tags;
-    u64 instructions = 0;
+    u64 instructions = 0, waited = 0;
 
     Order order;
     Agent agent = 0, copy_agent = 0, wgmma_agent = 0;
@@ -106,10 +109,11 @@ struct Warp {
     Touch access(const Instruction& i, u8 lane) const;
     // Accesses after this are apart from those before it.
     void next_epoch() { order.seen.raise(agent, order.seen[agent] + 1); }
-    void release(Order& to) {
-        to.join(order);
-        next_epoch();
-    }
+    void release(Order& to);
+    void acquire(const Order& from, Stall stall);
+    // Logical time: what the warp has run and what it has waited.
+    u64 now() const { return instructions + waited; }
+    void wait_until(u64 tick, Stall stall);
     void fence(u32 mask, u8 kinds);
 
     template <class T>
@@ -160,6 +164,7 @@ struct NamedBarrier {
 struct SharedOperand {
     u64 descriptor = 0;
     u32 users = 0;
+    u64 end = 0;  // of the wgmma, in logical time
     std::vector<float> values;
     std::vector<u32> pieces;
 };
@@ -190,6 +195,7 @@ struct Cta {
     std::unordered_map<u64, SharedOperand> shared_operands[32];  // by warpgroup, wgmma number
     std::vector<Warp> warps;
     std::vector<Touch> remote;  // the last accesses of other blocks, one a warp
+    u64 tensor_core_free = 0;   // in logical time
     u32 live_warps = 0;
     s64 register_pool = 0;
 

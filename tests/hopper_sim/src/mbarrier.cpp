@@ -33,11 +33,12 @@ void check_init(Warp& w, const Instruction& i, const Mbarrier& barrier, u32 offs
                cluster.agents[init.agent].warp, &w.cta->grid().kernel->code[init.code]);
 }
 
-void complete_transaction(Cta& cta, u32 offset, u32 bytes) {
+void complete_transaction(Cta& cta, u32 offset, u32 bytes, u64 tick) {
     auto found = cta.mbarriers.find(offset);
     if (found == cta.mbarriers.end())
         throw Error(kLaunchFailed,
                     format("bytes arrive at shared 0x%x, where no mbarrier is", offset));
+    found->second.arriving.ticks = std::max(found->second.arriving.ticks, tick);
     found->second.transactions -= bytes;
     found->second.complete_if_due();
 }
@@ -144,7 +145,7 @@ Step wait(Warp& w, const Instruction& i, u32 mask) {
         passed |= static_cast<u32>(over) << lane;
         if (!over) return;
         barrier.observed = barrier.phase;
-        w.order.join(barrier.released);
+        w.acquire(barrier.released, barrier.loaded ? Stall::full : Stall::empty);
         w.order.seen.raise(barrier.agent, barrier.phase);
     });
     if (refuse && !passed) {

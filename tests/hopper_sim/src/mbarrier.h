@@ -14,7 +14,7 @@ u64 shared_address(const Instruction& i, u64 address);
 // Reports a barrier that was not initialised in the eyes of a warp; `fenced`: of others as well.
 void check_init(Warp& w, const Instruction& i, const Mbarrier& barrier, u32 offset, bool fenced);
 
-// Bytes of an asynchronous copy have arrived.
-void complete_transaction(Cta& cta, u32 offset, u32 bytes);
+// Bytes of an asynchronous copy have arrived, at a logical time.
+void complete_transaction(Cta& cta, u32 offset, u32 bytes, u64 tick);
 
 }  // namespace hopper_sim

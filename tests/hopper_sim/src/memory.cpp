@@ -105,9 +105,18 @@ Register extended(const u8* from, u32 bytes, bool is_signed) {
     return static_cast<Register>(value);
 }
 
+void note_banks(Warp& w, const Instruction& i, u32 mask, u32 bytes) {
+    if (i.space != Space::shared) return;
+    u32 offsets[kWarpSize];
+    for (u32 lane = 0; lane < kWarpSize; ++lane)
+        offsets[lane] = static_cast<u32>(lane_address(w, i, lane));
+    w.cta->grid().report->statistics.note_banks(i.line, offsets, mask, bytes);
+}
+
 template <class Register>
 Step load(Warp& w, const Instruction& i, u32 mask) {
     u32 count = static_cast<u32>(i.data.size());
+    note_banks(w, i, mask, i.bytes * count);
     for (; mask; mask &= mask - 1) {
         u32 lane = static_cast<u32>(__builtin_ctz(mask));
         const u8* from =
@@ -121,6 +130,7 @@ Step load(Warp& w, const Instruction& i, u32 mask) {
 template <class Register>
 Step store(Warp& w, const Instruction& i, u32 mask) {
     u32 count = static_cast<u32>(i.data.size());
+    note_banks(w, i, mask, i.bytes * count);
     for (; mask; mask &= mask - 1) {
         u32 lane = static_cast<u32>(__builtin_ctz(mask));
         u8* to = locate(w, i, lane_address(w, i, lane), i.bytes * count, lane, Access::write);
@@ -164,6 +174,7 @@ Step map_rank(Warp& w, const Instruction& i, u32 mask) {
 // the next.
 Step access_matrices(Warp& w, const Instruction& i, u32) {
     bool stores = i.option, transposed = i.variant;
+    note_banks(w, i, static_cast<u32>((1ull << 8 * i.data.size()) - 1), 16);
     u8* rows[kWarpSize];
     for (u32 lane = 0; lane < 8 * i.data.size(); ++lane)
         rows[lane] =

@@ -8,6 +8,23 @@ Touch Warp::access(const Instruction& i, u8 lane) const {
     return {order.seen[agent], code, agent, lane, 0xf};
 }
 
+void Warp::release(Order& to) {
+    order.ticks = now();
+    to.join(order);
+    next_epoch();
+}
+
+void Warp::acquire(const Order& from, Stall stall) {
+    order.join(from);
+    wait_until(from.ticks, stall);
+}
+
+void Warp::wait_until(u64 tick, Stall stall) {
+    if (tick <= now()) return;
+    cta->grid().report->statistics.role(id).stalls[static_cast<size_t>(stall)] += tick - now();
+    waited += tick - now();
+}
+
 // What the warp has seen of others is covered by any lane's fence; of its own accesses only those
 // of the lanes that take part.
 void Warp::fence(u32 mask, u8 kinds) {

@@ -39,9 +39,11 @@ class Clock {
 struct Order {
     Clock seen;     // accesses that happened before
     Clock proxied;  // the generic ones among them that somebody's fence.proxy.async has covered
+    u64 ticks = 0;  // when it was passed on, in logical time
     void join(const Order& other) {
         seen.join(other.seen);
         proxied.join(other.proxied);
+        ticks = std::max(ticks, other.ticks);
     }
 };
 

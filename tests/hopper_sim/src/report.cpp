@@ -22,27 +22,6 @@ std::string one_line(std::string_view text) {
     return out;
 }
 
-std::string json_counts(const std::map<u32, u64>& counts) {
-    std::string out = "{";
-    for (auto& [line, count] : counts)
-        out += format("%s\"%u\": %llu", out.size() > 1 ? ", " : "", line,
-                      static_cast<unsigned long long>(count));
-    return out + "}";
-}
-
-std::string json_statistics(const Statistics& s) {
-    auto field = [](const char* name, u64 value) {
-        return format("\"%s\": %llu, ", name, static_cast<unsigned long long>(value));
-    };
-    return "{" + field("warp_instructions", s.warp_instructions) + field("wgmma", s.wgmma) +
-           field("macs", s.macs) + field("tma_bytes_in", s.tma_bytes_in) +
-           field("tma_bytes_out", s.tma_bytes_out) + field("multicast_bytes", s.multicast_bytes) +
-           field("barrier_waits", s.barrier_waits) + field("bank_conflicts", s.bank_conflicts) +
-           "\"async_sites\": " + json_counts(s.async_sites) +
-           ", \"blocked\": " + json_counts(s.blocked) +
-           ", \"coverage\": " + json_counts(s.coverage) + "}";
-}
-
 std::string json_hazard(const Hazard& h) {
     return "{\"kind\": " + json_string(h.kind) + ", \"message\": " + json_string(h.message) +
            ", \"where\": " + json_string(h.where) + ", \"other\": " + json_string(h.other) +
@@ -108,7 +87,7 @@ std::string LaunchReport::json() const {
     return "{\"kernel\": " + json_string(kernel) + ", \"config\": " + json_string(config) +
            format(", \"result\": %d, \"error\": ", result) + json_string(error) +
            ", \"hazards\": " + json_hazards(hazards) + ", \"warnings\": " + json_hazards(warnings) +
-           ", \"statistics\": " + json_statistics(statistics) + "}";
+           ", \"statistics\": " + statistics.json() + "}";
 }
 
 }  // namespace hopper_sim

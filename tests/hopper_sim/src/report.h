@@ -2,11 +2,10 @@
 // Hazards and statistics of each launch, and their JSON.
 #pragma once
 
-#include <map>
 #include <string>
 #include <vector>
 
-#include "base.h"
+#include "statistics.h"
 
 namespace hopper_sim {
 
@@ -21,18 +20,6 @@ struct Hazard {
     std::string other;    // the same of the other access, or empty
     u32 line = 0, other_line = 0;
     u32 count = 1;
-};
-
-struct Statistics {
-    u64 warp_instructions = 0;
-    u64 wgmma = 0;  // per warp
-    u64 macs = 0;
-    u64 tma_bytes_in = 0, tma_bytes_out = 0, multicast_bytes = 0;
-    u64 barrier_waits = 0;
-    u64 bank_conflicts = 0;
-    std::map<u32, u64> async_sites;  // PTX line -> operations issued
-    std::map<u32, u64> blocked;      // PTX line -> times a warp had to wait there
-    std::map<u32, u64> coverage;     // PTX line -> executions by a warp, if asked for
 };
 
 struct LaunchReport {

@@ -100,15 +100,26 @@ class Runner {
             Outcome outcome = i.flow == Flow::plain ? plain(i, mask) : special(i, mask, chosen, pc);
             if (outcome == Outcome::blocked) {
                 split.blocked = true;
+                if (!split.counted) note_wait(split, i);
                 return;
             }
             ++w_.instructions;
             --quantum_;
             if (coverage_ && mask) ++coverage_[pc_of(i)];
             if (outcome == Outcome::resched) return;
+            split.counted = false;
             split.pc = ++pc;
             if (pc >= meeting) return;
         }
+    }
+
+    void note_wait(Split& split, const Instruction& i) {
+        Statistics& statistics = w_.cta->grid().report->statistics;
+        Wait::Kind kind = split.wait.kind;
+        split.counted = true;
+        ++statistics.blocked[i.line];
+        statistics.barrier_waits +=
+            kind == Wait::named_barrier || kind == Wait::cluster_barrier || kind == Wait::mbarrier;
     }
 
     Outcome plain(const Instruction& i, u32 mask) {

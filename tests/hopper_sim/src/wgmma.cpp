@@ -132,6 +132,8 @@ SharedOperand& shared_b(Warp& w, const Instruction& i, const Shape& shape, u64 b
     SharedOperand& operand = w.cta->shared_operands[w.id / 4][w.wgmma_issued];
     if (operand.users++ == 0) {
         operand.descriptor = bits;
+        u64& free = w.cta->tensor_core_free;
+        free = operand.end = std::max(free, w.now()) + shape.n / 2;
         operand.values.resize(static_cast<size_t>(shape.k) * shape.n);
         read_b(OperandReader(w, i, bits, shape.type, operand.pieces), shape, operand.values.data());
     } else if (operand.descriptor != bits) {
@@ -192,11 +194,13 @@ Step multiply(Warp& w, const Instruction& i, u32 mask) {
     if (bits && i.bytes == 1) cut_accumulators(d.data(), d.size(), bits);
     Statistics& statistics = w.cta->grid().report->statistics;
     ++statistics.wgmma;
+    ++statistics.role(w.id).wgmma;
+    w.wgmma_open.end = b.end;
     statistics.macs += static_cast<u64>(kWarpRows) * shape.n * shape.k;
     if (b.users == 4) w.cta->shared_operands[w.id / 4].erase(w.wgmma_issued);
     use_tagged_registers(w, i);
     ++w.wgmma_issued;
-    w.wgmma_open.push_back(std::move(operation));
+    w.wgmma_open.operations.push_back(std::move(operation));
     return Step::next;
 }
 
@@ -207,7 +211,7 @@ Step fence(Warp& w, const Instruction&, u32) {
 
 Step commit(Warp& w, const Instruction&, u32) {
     w.wgmma_committed.push_back(std::move(w.wgmma_open));
-    w.wgmma_open.clear();
+    w.wgmma_open = WgmmaGroup();
     ++w.wgmma_groups;
     return Step::next;
 }
@@ -222,7 +226,10 @@ Step wait_group(Warp& w, const Instruction& i, u32) {
         if (!other.done() && static_cast<s64>(other.wgmma_groups) < target)
             return w.wait_for(Wait::wgmma_group, static_cast<u32>(i.immediate), n);
     }
-    while (static_cast<s64>(w.wgmma_committed.size()) > i.immediate) w.wgmma_committed.pop_front();
+    while (static_cast<s64>(w.wgmma_committed.size()) > i.immediate) {
+        w.wait_until(w.wgmma_committed.front().end, Stall::wgmma);
+        w.wgmma_committed.pop_front();
+    }
     if (target > 0) w.wgmma_completed = std::max(w.wgmma_completed, static_cast<u64>(target));
     if (target > 0) w.order.seen.raise(w.wgmma_agent, static_cast<u32>(target));
     return Step::next;
