@@ -52,6 +52,8 @@ def fwd_config(arch: str, head_dim: int, head_dim_v: int, is_fp8: bool, num_rows
     if width > 256:
         return Config(16, 32, 4, 2)
     block_m = 64 if num_rows <= 64 and arch not in TENSOR_MEMORY else 128
+    if width > 128 and arch.startswith("sm_") and arch not in LARGE_SHARED_MEMORY:
+        block_m = 64
     block_n = 64 if width <= 128 and not is_fp8 else 32
     num_warps = block_m // 16
     if arch.startswith("gfx"):  # wavefronts of 64 lanes, matrix instructions of 32 rows
