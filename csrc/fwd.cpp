@@ -12,7 +12,6 @@
 namespace fa3 {
 namespace {
 
-constexpr int kOutRows = 64;            // of a tile, one consumer warpgroup's: a box of out_map
 enum { kBatch, kRow, kHead, kColumn };  // dimensions of Q, K and V
 
 struct Dim {
@@ -99,8 +98,6 @@ void set_outputs(FwdParams& params, const FwdTensors& tensors, const FwdOptions&
     params.out_row_stride = out.stride[2];
     params.out_head_stride = out.stride[3];
     params.out_dtype = options.out_dtype;
-    params.out_by_tma =
-        !split && options.out_dtype == options.dtype && kOutRows % options.pack == 0;
     params.lse = lse.as<float>();
     params.lse_split_stride = lse.stride[0];
     params.lse_batch_stride = lse.stride[1];
@@ -138,10 +135,6 @@ void fwd(Kernel& kernel, const FwdTensors& tensors, const FwdOptions& options, c
     encode_keys(params.k_map, "k", options.dtype, k, options.block_n);
     encode_keys(params.v_map, "v", options.dtype, v, options.block_n);
     set_outputs(params, tensors, options);
-    if (params.out_by_tma) {
-        encode_packed(params.out_map, "out", options.dtype, batched(tensors.out), options.pack,
-                      kOutRows / options.pack);
-    }
     set_lengths(params, tensors);
     set_scores(params, options);
     params.batch = options.batch;

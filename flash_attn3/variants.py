@@ -78,9 +78,20 @@ class FwdVariant(Variant):
         )
 
 
+# Keys of a tile by (head_dim, head_dim_v): as many as fit, with two stages and no spill, into 227 KB of shared memory
+# and 240 registers of a thread. One for all masks and all sizes of the query tile, which therefore move no bits.
+BLOCK_N = {(64, 64): 128, (96, 96): 128, (128, 128): 128, (192, 128): 128, (192, 192): 112, (256, 256): 80}
+SMALL_TILE = 64  # query rows, for calls that have no more of them: half the work of a tile of 128
+
+
 @functools.cache
 def fwd_variants() -> tuple[FwdVariant, ...]:
-    return tuple(FwdVariant(dtype, d, d) for dtype in ("bf16", "fp16") for d in (64, 128))
+    return tuple(
+        FwdVariant(dtype, d, dv, block_m, block_n, ping_pong=block_m > SMALL_TILE)
+        for dtype in ("bf16", "fp16")
+        for (d, dv), block_n in BLOCK_N.items()
+        for block_m in (SMALL_TILE, 128)
+    )
 
 
 def all_variants() -> tuple[Variant, ...]:
@@ -94,7 +105,10 @@ def by_name(name: str) -> Variant | None:
 
 def select(p: AttentionProblem) -> FwdVariant | None:
     """The variant that computes `p`, None where no kernel does."""
-    return _select(p.q.dtype, p.q.shape[-1], p.v.shape[-1])
+    rows = p.q.shape[1] if p.cu_seqlens_q is None else min(p.max_seqlen_q, p.q.shape[0])
+    if p.pack_gqa is not False:
+        rows *= p.num_heads // max(1, p.num_heads_kv)
+    return _select(p.q.dtype, p.q.shape[-1], p.v.shape[-1], rows <= SMALL_TILE)
 
 
 def supports(p: AttentionProblem) -> bool:
@@ -107,11 +121,14 @@ def unsupported_reason(p: AttentionProblem) -> str | None:
 
 
 @functools.cache
-def _select(dtype: torch.dtype, head_dim: int, head_dim_v: int) -> FwdVariant | None:
+def _select(dtype: torch.dtype, head_dim: int, head_dim_v: int, small: bool) -> FwdVariant | None:
     able = [
         variant
         for variant in fwd_variants()
-        if variant.dtype == DTYPES.get(str(dtype)) and variant.head_dim >= head_dim and variant.head_dim_v >= head_dim_v
+        if variant.dtype == DTYPES.get(str(dtype))
+        and variant.head_dim >= head_dim
+        and variant.head_dim_v >= head_dim_v
+        and (variant.block_m == SMALL_TILE) == small
     ]
     return min(able, key=lambda variant: (variant.head_dim, variant.head_dim_v), default=None)
 

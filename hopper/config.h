@@ -23,6 +23,8 @@ struct FwdConfig {
     constexpr int consumers() const { return block_m / kWarpgroupRows; }  // warpgroups
     constexpr int threads() const { return 128 * (consumers() + 1); }
     // Of a thread, after setmaxnreg: together what the launch gives, 65536 / threads() to each.
+    // With one consumer warpgroup that is the most a thread can have, and there is nothing to move.
+    constexpr bool moves_registers() const { return consumers() > 1; }
     constexpr int producer_registers() const { return consumers() == 3 ? 32 : 24; }
     constexpr int consumer_registers() const { return consumers() == 3 ? 160 : 240; }
     constexpr int panels() const { return (head_dim + kPanel - 1) / kPanel; }

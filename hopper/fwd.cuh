@@ -79,8 +79,11 @@ struct Fwd {
     static constexpr int kM = C.block_m, kN = C.block_n, kStages = C.stages;
     static constexpr int kConsumers = C.consumers(), kConsumerWarps = 4 * kConsumers, kGuards = 3;
     static constexpr int kPanels = C.panels(), kPanelsV = C.panels_v();
+    static constexpr bool kMovesRegisters = C.moves_registers();
     static constexpr int kProducerRegisters = C.producer_registers();
     static constexpr int kConsumerRegisters = C.consumer_registers();
+    // Wide accumulators are rescaled behind the next product's issue, where that costs no time.
+    static constexpr bool kLateRescale = C.head_dim_v > 128;
     static constexpr int kRowBytes = kPanel * 2;          // of a panel
     static constexpr int kRowGroupBytes = 8 * kRowBytes;  // the swizzle's period
     static constexpr int kStepBytes = 16 * 2;             // one MMA's 16 columns of K, along a row
@@ -130,14 +133,14 @@ struct Fwd {
         sm90::fence_async_proxy();
         __syncthreads();
         if (warp < 4) {
-            sm90::give_registers<kProducerRegisters>();
+            if constexpr (kMovesRegisters) sm90::give_registers<kProducerRegisters>();
             if (warp > 0) {
                 guard(p, s, warp - 1);
             } else if (sm90::elect()) {
                 produce(p, s);
             }
         } else {
-            sm90::take_registers<kConsumerRegisters>();
+            if constexpr (kMovesRegisters) sm90::take_registers<kConsumerRegisters>();
             consume(p, s, warp / 4 - 1);
         }
     }
@@ -239,7 +242,7 @@ struct Fwd {
                 warpgroup * kWarpgroupRows + thread / 32 * 16 + lane / 4;  // and row + 8
             float acc_s[kN / 2], acc_o[C.head_dim_v / 2] = {};
             uint32_t probabilities[kN / 4];  // acc_s as the A operand of the second product
-            Softmax softmax(p.scale_log2);
+            Softmax softmax{p.scale_log2};
             if (!blocks.empty()) {
                 KeyRange visible[2];
                 for (int h = 0; h < 2; ++h)
@@ -293,6 +296,7 @@ struct Fwd {
                     sm90::wait(s.k_full[k.stage], k.phase);
                     turns.await();
                     issue_qk();
+                    if constexpr (kLateRescale) rescale(acc_o, softmax.alpha);
                     sm90::wait(s.v_full[v.stage], v.phase);
                     issue_pv();
                     turns.pass();
@@ -300,11 +304,12 @@ struct Fwd {
                     sm90::pin(acc_s);
                     release_k();
                     update_softmax(n, hide_keys);
+                    sm90::hold(softmax.row_sum[0] + softmax.row_sum[1]);
                     sm90::mma_wait<0>();
                     sm90::pin(acc_o);
                     release_v();
                     pack_probabilities();  // only now: the second product read the old ones
-                    rescale(acc_o, softmax.alpha);
+                    if constexpr (!kLateRescale) rescale(acc_o, softmax.alpha);
                 };
 
                 // After it, V[n] is finite; what was not has been added to the rows that see it.
@@ -313,6 +318,10 @@ struct Fwd {
                     const bool (&found)[kGuards] = s.v_non_finite[inspected.stage];
                     if (found[0] || found[1] || found[2]) {
                         sm90::wait(s.v_full[v.stage], v.phase);
+                        if constexpr (kLateRescale) {  // infinities must not meet a factor of 0
+                            rescale(acc_o, softmax.alpha);
+                            softmax.alpha[0] = softmax.alpha[1] = 1.f;
+                        }
                         add_non_finite<C.dtype>(s.v[v.stage], acc_o, visible, n * kN, lane);
                         sm90::sync_named(kIsolation, 128 * kConsumers);  // all have read
                         clear_non_finite<C.dtype>(s.v[v.stage], threadIdx.x - 128,
@@ -346,6 +355,7 @@ struct Fwd {
                     for (; n >= blocks.full_lo; --n) step(n, no_mask);
                 }
                 if (leader) sm90::arrive(s.q_empty);
+                if constexpr (kLateRescale) rescale(acc_o, softmax.alpha);
                 sm90::wait(s.v_full[v.stage], v.phase);
                 issue_pv();
                 sm90::mma_wait<0>();

@@ -26,14 +26,12 @@ constexpr int kUnbounded = 1 << 30;  // a window side without a limit, and the l
 struct FwdParams {
     // `pack` query heads of one KV head make neighbouring rows of a tile: row r holds position
     // r / pack of head r % pack. Maps of tensors without elements are not read.
-    CUtensorMap q_map;    // (d, pack, seqlen_q, h / pack, b); box (kPanel, pack, block_m / pack)
-    CUtensorMap k_map;    // (d, seqlen_k, h_kv, b); box (kPanel, block_n)
-    CUtensorMap v_map;    // (dv, seqlen_k, h_kv, b); box (kPanel, block_n)
-    CUtensorMap out_map;  // (dv, pack, seqlen_q, h / pack, b); box (kPanel, pack, 64 / pack)
-    int out_by_tma;       // out_map may be used: pack divides 64, one split, out of Q's dtype
+    CUtensorMap q_map;  // (d, pack, seqlen_q, h / pack, b); box (kPanel, pack, block_m / pack)
+    CUtensorMap k_map;  // (d, seqlen_k, h_kv, b); box (kPanel, block_n)
+    CUtensorMap v_map;  // (dv, seqlen_k, h_kv, b); box (kPanel, block_n)
 
-    Dtype out_dtype;             // of Q, or fp32
     void* out;                   // [splits, b, seqlen_q, h, dv], rows aligned to 16 bytes
+    Dtype out_dtype;             // of Q, or fp32
     long long out_split_stride;  // in elements, as all strides; that of dv is 1
     long long out_batch_stride, out_row_stride, out_head_stride;
 
@@ -51,9 +49,9 @@ struct FwdParams {
 
     int window_left, window_right;  // 0 .. kUnbounded; a causal mask is window_right = 0
     int attention_chunk;            // 0: off
-    float scale_log2;               // softmax_scale * log2(e); with softcap, softcap * log2(e)
-    float softcap_scale;            // softmax_scale / softcap; 0: off
-    const void* sink;               // [h] logits, added to the denominator of every row
+    float scale_log2;  // softmax_scale * log2(e), with softcap softcap * log2(e); at least FLT_MIN
+    float softcap_scale;  // softmax_scale / softcap; 0: off
+    const void* sink;     // [h] logits, added to the denominator of every row
     Dtype sink_dtype;
 
     // There are num_m_blocks * (h / pack) * b * num_splits tiles of block_m / pack positions.

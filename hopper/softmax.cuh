@@ -7,7 +7,6 @@
 namespace fa3 {
 
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
-constexpr float kSmallestNormal = 1.17549435e-38f;
 
 // tanh, with which softcap bounds the scores before they are masked.
 template <int R>
@@ -23,13 +22,10 @@ __device__ void rescale(float (&acc)[R], const float (&factor)[2]) {
 }
 
 struct Softmax {
-    float scale;                                  // scores to exponents of 2
+    const float scale;                            // scores to exponents of 2
     float row_max[2] = {-kInfinity, -kInfinity};  // of the scores as they came
     float row_sum[2] = {};                        // of the exponentials of this thread's scores
     float alpha[2];  // what the last update multiplied older exponentials by
-
-    // A scale of 0 would make NaN of invisible scores; this one makes 0 of all others.
-    __device__ explicit Softmax(float scale) : scale(fmaxf(scale, kSmallestNormal)) {}
 
     // Scores become 2^(scale (score - row_max)).
     template <int R>

@@ -21,6 +21,18 @@ __device__ inline void take_registers() {
 // be so: descriptors made from it live in uniform registers.
 __device__ inline int uniform(int x) { return __shfl_sync(0xffffffff, x, 0); }
 
+// PTX ISA, nanosleep: never executed, for x >= 0 or NaN. But ptxas moves no instruction across it,
+// and so x is computed here, not behind the next wait: exponentials then overlap with products.
+__device__ inline void hold(float x) {
+    asm volatile(
+        "{\n"
+        ".reg .pred p;\n"
+        "setp.lt.f32 p, %0, 0f00000000;\n"
+        "@p nanosleep.u32 0;\n"
+        "}" ::"f"(x)
+        : "memory");
+}
+
 // PTX ISA, elect.sync: true in one lane of the warp.
 __device__ inline bool elect() { return cute::elect_one_sync(); }
 

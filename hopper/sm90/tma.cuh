@@ -25,22 +25,6 @@ __device__ inline void load(const CUtensorMap& map, Mbarrier& full, CacheHint hi
                                  static_cast<uint64_t>(hint), to, c0, c1, c2, c3, c4);
 }
 
-// PTX ISA, cp.async.bulk.tensor, shared to global: a box, less what lies outside of the tensor.
-__device__ inline void store(const CUtensorMap& map, const void* from, int c0, int c1, int c2,
-                             int c3, int c4) {
-    cute::SM90_TMA_STORE_5D::copy(&map, from, c0, c1, c2, c3, c4);
-}
-
-// PTX ISA, cp.async.bulk.commit_group: closes the stores of this thread into a group.
-__device__ inline void commit_stores() { cute::tma_store_arrive(); }
-
-// PTX ISA, cp.async.bulk.wait_group.read: shared memory has been read by all but the newest N
-// groups of this thread.
-template <int N>
-__device__ inline void wait_stores_read() {
-    cute::tma_store_wait<N>();
-}
-
 // PTX ISA, prefetch.tensormap
 __device__ inline void prefetch(const CUtensorMap& map) {
     cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(&map));

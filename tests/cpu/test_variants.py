@@ -27,9 +27,9 @@ print("torch" in sys.modules)
 """
 
 
-def problem(dtype: torch.dtype, head_dim: int, head_dim_v: int | None = None) -> SimpleNamespace:
-    q = torch.empty(2, 5, 4, head_dim, dtype=dtype)
-    return SimpleNamespace(q=q, v=torch.empty(2, 9, 2, head_dim_v or head_dim, dtype=dtype))
+def problem(dtype: torch.dtype, head_dim: int, head_dim_v: int | None = None, rows: int = 5) -> SimpleNamespace:
+    q, v = torch.empty(2, rows, 4, head_dim, dtype=dtype), torch.empty(2, 9, 2, head_dim_v or head_dim, dtype=dtype)
+    return SimpleNamespace(q=q, v=v, num_heads=4, num_heads_kv=2, cu_seqlens_q=None, pack_gqa=None)
 
 
 def test_names_are_unique_and_safe_for_file_systems() -> None:
@@ -79,7 +79,17 @@ def test_fields_are_those_of_the_configuration_in_their_order(kind: type[variant
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     ("head_dim", "head_dim_v", "served_by"),
-    [(8, 8, (64, 64)), (64, 64, (64, 64)), (72, 72, (128, 128)), (128, 128, (128, 128)), (64, 128, (128, 128))],
+    [
+        (8, 8, (64, 64)),
+        (64, 64, (64, 64)),
+        (72, 72, (96, 96)),
+        (104, 104, (128, 128)),
+        (128, 128, (128, 128)),
+        (64, 128, (128, 128)),
+        (192, 128, (192, 128)),
+        (136, 136, (192, 192)),
+        (256, 256, (256, 256)),
+    ],
 )
 def test_smallest_kernel_that_holds_the_head_dims(dtype, head_dim, head_dim_v, served_by) -> None:
     p = problem(dtype, head_dim, head_dim_v)
@@ -87,6 +97,16 @@ def test_smallest_kernel_that_holds_the_head_dims(dtype, head_dim, head_dim_v, s
     assert (chosen.head_dim, chosen.head_dim_v) == served_by
     assert chosen.dtype == {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
     assert variants.supports(p) and variants.unsupported_reason(p) is None
+
+
+@pytest.mark.parametrize(
+    ("rows", "pack_gqa", "block_m"), [(32, None, 64), (33, None, 128), (64, False, 64), (65, False, 128)]
+)
+def test_small_tile_for_calls_with_few_rows(rows: int, pack_gqa: bool | None, block_m: int) -> None:
+    """Two query heads share a KV head, and a tile where they are packed."""
+    p = problem(torch.bfloat16, 64, rows=rows)
+    p.pack_gqa = pack_gqa
+    assert variants.select(p).block_m == block_m
 
 
 def test_reason_names_what_was_wanted_and_the_nearest_kernel() -> None:
