@@ -15,6 +15,7 @@ from pathlib import Path
 SOURCES = Path(__file__).parent / "src"
 # No contraction: a * b + c is two roundings unless the source says fma.
 FLAGS = ["-std=c++20", "-O2", "-march=native", "-ffp-contract=off", "-fPIC", "-fvisibility=default", "-Wall", "-Wextra"]
+LINK_FLAGS = ["-Wl,-Bsymbolic", "-Wl,--no-undefined"]
 
 
 def compiler() -> str | None:
@@ -66,17 +67,20 @@ def build() -> Path:
     if cxx is None:
         raise RuntimeError("the simulator needs g++")
     version = subprocess.run([cxx, "--version"], capture_output=True).stdout
-    headers = b"".join(path.read_bytes() for path in sorted(SOURCES.glob("*.h")))
-    base = digest(version, machine(), " ".join(FLAGS).encode(), headers).encode()
-    sources = sorted(SOURCES.glob("*.cpp"))
-    keys = [digest(base, source.read_bytes()) for source in sources]
+    files = {path.name: path.read_bytes() for path in sorted(SOURCES.iterdir()) if path.suffix in (".h", ".cpp")}
+    headers = b"".join(text for name, text in files.items() if name.endswith(".h"))
+    base = digest(version, machine(), " ".join([*FLAGS, *LINK_FLAGS]).encode(), headers).encode()
+    keys = {name: digest(base, text) for name, text in files.items() if name.endswith(".cpp")}
     folder = cache_folder()
-    library = folder / digest(*(key.encode() for key in keys)) / "libhopper_sim.so"
+    library = folder / digest(*(key.encode() for key in keys.values())) / "libhopper_sim.so"
     if library.exists():
         return library
     library.parent.mkdir(exist_ok=True)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        targets = [folder / f"{source.stem}-{key}.o" for source, key in zip(sources, keys, strict=True)]
-        commands = [[cxx, *FLAGS, "-c", str(source)] for source in sources]
+    # Compiled from copies: a file edited meanwhile must not be cached under the key of its former text.
+    with tempfile.TemporaryDirectory() as copies, ThreadPoolExecutor(os.cpu_count()) as pool:
+        for name, text in files.items():
+            Path(copies, name).write_bytes(text)
+        targets = [folder / f"{Path(name).stem}-{key}.o" for name, key in keys.items()]
+        commands = [[cxx, *FLAGS, "-c", str(Path(copies, name))] for name in keys]
         objects = list(pool.map(publish, commands, targets))
-    return publish([cxx, "-shared", "-Wl,-Bsymbolic", *map(str, objects), "-ldl"], library)
+    return publish([cxx, "-shared", *LINK_FLAGS, *map(str, objects), "-ldl"], library)

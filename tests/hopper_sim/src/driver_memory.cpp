@@ -39,19 +39,34 @@ void release(u64 address) {
     std::free(reinterpret_cast<void*>(address));
 }
 
-int copy(void* to, const void* from, size_t bytes) {
-    return in_context([=] { std::memcpy(to, from, bytes); });
+// Checks the device's side of a copy.
+void* pointer(u64 address, size_t bytes) {
+    if (bytes && !allocations().contains(address, bytes))
+        throw Error(kInvalidValue, format("%zu bytes at ", bytes) +
+                                       allocations().describe(address) +
+                                       ": that is no device memory");
+    return reinterpret_cast<void*>(address);
+}
+
+int copy_to_device(u64 to, const void* from, size_t bytes) {
+    return in_context([=] { std::memcpy(pointer(to, bytes), from, bytes); });
+}
+
+int copy_to_host(void* to, u64 from, size_t bytes) {
+    return in_context([=] { std::memcpy(to, pointer(from, bytes), bytes); });
+}
+
+int copy_on_device(u64 to, u64 from, size_t bytes) {
+    return in_context([=] { std::memmove(pointer(to, bytes), pointer(from, bytes), bytes); });
 }
 
 template <class T>
 int fill(u64 address, T value, size_t count) {
     return in_context([=] {
-        for (size_t n = 0; n < count; ++n)
-            std::memcpy(reinterpret_cast<T*>(address) + n, &value, sizeof value);
+        u8* to = static_cast<u8*>(pointer(address, count * sizeof(T)));
+        for (size_t n = 0; n < count; ++n) std::memcpy(to + n * sizeof(T), &value, sizeof value);
     });
 }
-
-void* pointer(u64 address) { return reinterpret_cast<void*>(address); }
 
 struct Event {
     std::chrono::steady_clock::time_point at;
@@ -76,26 +91,24 @@ int cuMemGetInfo(size_t* free, size_t* total) {
 }
 HOPPER_SIM_ALIAS(cuMemGetInfo, cuMemGetInfo_v2);
 
-int cuMemcpy(u64 to, u64 from, size_t bytes) { return copy(pointer(to), pointer(from), bytes); }
-int cuMemcpyAsync(u64 to, u64 from, size_t bytes, void*) {
-    return copy(pointer(to), pointer(from), bytes);
-}
-int cuMemcpyHtoD(u64 to, const void* from, size_t bytes) { return copy(pointer(to), from, bytes); }
+int cuMemcpy(u64 to, u64 from, size_t bytes) { return copy_on_device(to, from, bytes); }
+int cuMemcpyAsync(u64 to, u64 from, size_t bytes, void*) { return copy_on_device(to, from, bytes); }
+int cuMemcpyHtoD(u64 to, const void* from, size_t bytes) { return copy_to_device(to, from, bytes); }
 HOPPER_SIM_ALIAS(cuMemcpyHtoD, cuMemcpyHtoD_v2);
 int cuMemcpyHtoDAsync(u64 to, const void* from, size_t bytes, void*) {
-    return copy(pointer(to), from, bytes);
+    return copy_to_device(to, from, bytes);
 }
 HOPPER_SIM_ALIAS(cuMemcpyHtoDAsync, cuMemcpyHtoDAsync_v2);
-int cuMemcpyDtoH(void* to, u64 from, size_t bytes) { return copy(to, pointer(from), bytes); }
+int cuMemcpyDtoH(void* to, u64 from, size_t bytes) { return copy_to_host(to, from, bytes); }
 HOPPER_SIM_ALIAS(cuMemcpyDtoH, cuMemcpyDtoH_v2);
 int cuMemcpyDtoHAsync(void* to, u64 from, size_t bytes, void*) {
-    return copy(to, pointer(from), bytes);
+    return copy_to_host(to, from, bytes);
 }
 HOPPER_SIM_ALIAS(cuMemcpyDtoHAsync, cuMemcpyDtoHAsync_v2);
-int cuMemcpyDtoD(u64 to, u64 from, size_t bytes) { return copy(pointer(to), pointer(from), bytes); }
+int cuMemcpyDtoD(u64 to, u64 from, size_t bytes) { return copy_on_device(to, from, bytes); }
 HOPPER_SIM_ALIAS(cuMemcpyDtoD, cuMemcpyDtoD_v2);
 int cuMemcpyDtoDAsync(u64 to, u64 from, size_t bytes, void*) {
-    return copy(pointer(to), pointer(from), bytes);
+    return copy_on_device(to, from, bytes);
 }
 HOPPER_SIM_ALIAS(cuMemcpyDtoDAsync, cuMemcpyDtoDAsync_v2);
 
