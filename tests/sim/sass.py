@@ -44,12 +44,12 @@ def mma_loops(code: Sequence[tuple[str, int | None]], num_mma: int) -> list[list
             body = [opcode for opcode, _ in code[start : end + 1]]
             if count(body, "HGMMA") >= num_mma and not count(body, "USETMAXREG"):
                 loops.append((start, end, body))
-    innermost = [loop for loop in loops if not any(loop is not other and _holds(loop, other) for other in loops)]
-    return sorted((body for _, _, body in innermost), key=len)
-
-
-def _holds(outer: tuple[int, int, list[str]], inner: tuple[int, int, list[str]]) -> bool:
-    return outer[0] <= inner[0] and inner[1] <= outer[1]
+    innermost: list[tuple[int, int, list[str]]] = []
+    for start, end, body in sorted(loops, key=lambda loop: loop[1] - loop[0]):
+        # What overlaps a shorter one is a loop around it, or the way back from a wait that was laid out elsewhere.
+        if all(end < other[0] or other[1] < start for other in innermost):
+            innermost.append((start, end, body))
+    return [body for _, _, body in innermost]
 
 
 def count(body: Sequence[str], name: str) -> int:
