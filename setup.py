@@ -1,26 +1,31 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What pyproject.toml cannot declare: the extension flash_attn3._C, for which a compiler or headers may be missing."""
+"""What pyproject.toml cannot declare: the extension flash_attn3._C, for which a compiler or headers may be missing, and
+the kernels: their sources, for compilation at first use, and with FLASH_ATTN3_PREBUILD=all they themselves."""
 
 from __future__ import annotations
 
-import os
+import shutil
 import sys
+import types
 from glob import glob
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
-from setuptools.errors import BaseError
+from setuptools.errors import CompileError
 
+ROOT = Path(__file__).parent
 FLAGS = ["-std=c++20", "-O2", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra", "-fstack-protector-strong"]
 LINK_FLAGS = ["-ldl", "-Wl,-z,relro,-z,now"]
 
+# The package without its __init__, which imports torch: what builds kernels does without.
+package = types.ModuleType("flash_attn3")
+package.__path__ = [str(ROOT / "flash_attn3")]
+sys.modules["flash_attn3"] = package
 
-def cuda_headers() -> Path | None:
-    """The folder of cuda.h: a toolkit, or NVIDIA's pip package nvidia-cuda-runtime."""
-    toolkits = [Path(home) for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if home]
-    packages = [folder for entry in sys.path for folder in Path(entry, "nvidia").glob("*")]
-    return next((folder / "include" for folder in toolkits + packages if (folder / "include/cuda.h").is_file()), None)
+from flash_attn3 import env  # noqa: E402
+from flash_attn3.build import batch, options  # noqa: E402
+from flash_attn3.variants import all_variants  # noqa: E402
 
 
 def extension() -> Extension:
@@ -31,33 +36,53 @@ def extension() -> Extension:
         extra_compile_args=FLAGS,
         extra_link_args=LINK_FLAGS,
         language="c++",
+        optional=True,  # the package works without it, on its other backends
     )
 
 
 class BuildExtension(build_ext):
-    """Builds _C, or leaves a file that tells why not: the package works without it, on its other backends."""
+    """Builds _C, or leaves a file that tells why not; then what a wheel holds of the kernels."""
 
     def run(self) -> None:
-        target = Path(self.get_ext_fullpath("flash_attn3._C"))
-        report = target.with_name("_C.missing.txt")
-        report.unlink(missing_ok=True)
-        try:
-            self.add_headers()
-            super().run()
-        except (BaseError, OSError, ImportError) as error:
-            self.warn(f"building without flash_attn3._C, that is without Hopper kernels: {error}")
-            report.parent.mkdir(parents=True, exist_ok=True)
-            report.write_text(f"{error}\n")
+        prebuild = env.PREBUILD.read() == "all"
+        folder = Path(self.get_ext_fullpath("flash_attn3._C")).parent
+        folder.mkdir(parents=True, exist_ok=True)
+        self.report = folder / "_C.missing.txt"
+        self.report.unlink(missing_ok=True)
+        in_place = self.inplace
+        super().run()
+        if in_place:
+            if prebuild:
+                self.warn("FLASH_ATTN3_PREBUILD is for wheels; a checkout compiles its kernels at first use")
+            return
+        for leftover in ("_hopper", "_prebuilt"):  # of the build before
+            shutil.rmtree(folder / leftover, ignore_errors=True)
+        shutil.copytree(ROOT / "hopper", folder / "_hopper", ignore=ignored)
+        if prebuild:
+            print(batch.table(batch.prebuild(all_variants(), folder / "_prebuilt", batch.default_jobs())))
 
-    def add_headers(self) -> None:
+    def build_extension(self, ext: Extension) -> None:
+        try:
+            self.add_headers(ext)
+            super().build_extension(ext)
+        except Exception as error:
+            self.report.write_text(f"{error}\n")
+            raise CompileError(str(error)) from error
+
+    def add_headers(self, ext: Extension) -> None:
         import pybind11
         from pybind11.setup_helpers import ParallelCompile
 
-        cuda = cuda_headers()
+        cuda = options.cuda_headers()
         if cuda is None:
             raise FileNotFoundError("no cuda.h in CUDA_HOME, /usr/local/cuda or the pip package nvidia-cuda-runtime")
-        self.include_dirs += [pybind11.get_include(), str(cuda), "."]
+        ext.include_dirs += [pybind11.get_include(), str(cuda), "."]
         ParallelCompile(default=0).install()
+
+
+def ignored(folder: str, names: list[str]) -> list[str]:
+    """All but sources and folders."""
+    return [name for name in names if Path(name).suffix not in (".h", ".cuh", ".cu", "")]
 
 
 setup(ext_modules=[extension()], cmdclass={"build_ext": BuildExtension})

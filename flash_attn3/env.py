@@ -39,6 +39,9 @@ VARIABLES = (
     Variable("FLASH_ATTN3_READONLY_CACHE", ("0", "1"), "0", "1 never writes to the kernel cache"),
 )
 
+# Read by setup.py alone.
+PREBUILD = Variable("FLASH_ATTN3_PREBUILD", ("0", "all"), "0", "all compiles every Hopper kernel into the wheel")
+
 # Read when they are needed.
 PATHS = {
     "CUDA_HOME": "where nvcc is looked for first",

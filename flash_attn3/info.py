@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 
-from . import __version__, env, runtime
-from .build import nvcc
+from . import __version__, env, extension, runtime, variants
+from .build import find, sources, toolchain
+from .errors import FlashAttn3Error, ToolchainError
 
 # Read by the package, but owned by others, so they are not in `env.VARIABLES`.
 FOREIGN_VARIABLES = {
@@ -33,7 +34,8 @@ def collect() -> dict[str, Any]:
         "backends": {name: {"available": why is None, "reason": why} for name, why in runtime.backends().items()},
         "gpus": gpus(),
         "versions": versions(),
-        "nvcc": [str(path) for path in nvcc.candidates() if path.is_file()],
+        "extension": native(),
+        "compiler": compiler(),
         "caches": {"flash_attn3": folder(env.kernel_cache()), "triton": folder(triton_cache())},
         "environment": environment(),
     }
@@ -80,6 +82,37 @@ def nvidia_driver() -> str | None:
     return next(iter(result.stdout.split()), None)
 
 
+def native() -> dict[str, Any]:
+    """`_C`, and the driver that it opens."""
+    if reason := extension.unavailable_reason():
+        return {"path": None, "reason": reason, "cuda": None, "driver": None, "driver_reason": None}
+    module = extension.load()
+    driver = driver_reason = None
+    try:
+        driver = f"{module.driver_path()}, version {dotted(module.driver_version())}"
+    except FlashAttn3Error as error:
+        driver_reason = str(error)
+    state = {"path": module.__file__, "reason": None, "cuda": dotted(module.cuda_version)}
+    return state | {"driver": driver, "driver_reason": driver_reason}
+
+
+def dotted(version: int) -> str:
+    """13.0 of 13000."""
+    return f"{version // 1000}.{version % 1000 // 10}"
+
+
+def compiler() -> dict[str, Any]:
+    """What would compile a kernel at its first use, and how many kernels are compiled."""
+    every = variants.all_variants()
+    compiled = sum(find(variant) is not None for variant in every)
+    state = {"path": None, "reason": None, "kernels": len(every), "compiled": compiled}
+    try:
+        sources.cutlass_folder()
+        return state | {"path": str(toolchain.find().path)}
+    except ToolchainError as error:
+        return state | {"reason": str(error)}
+
+
 def triton_cache() -> Path | None:
     if path := os.environ.get("TRITON_CACHE_DIR"):
         return Path(path)
@@ -104,7 +137,7 @@ def file_size(path: Path) -> int | None:
 
 
 def environment() -> dict[str, dict[str, str | None]]:
-    own = {variable.name: variable.purpose for variable in env.VARIABLES}
+    own = {variable.name: variable.purpose for variable in (*env.VARIABLES, env.PREBUILD)}
     purposes = own | env.PATHS | FOREIGN_VARIABLES
     return {name: {"value": os.environ.get(name), "purpose": why} for name, why in purposes.items()}
 
@@ -119,7 +152,8 @@ def as_text() -> str:
         "backends": [(name, state["reason"] or "available") for name, state in facts["backends"].items()],
         "GPUs": [(gpu["name"], describe_gpu(gpu)) for gpu in facts["gpus"]] or [("none", "torch sees no CUDA device")],
         "versions": [(name, value or "not found") for name, value in facts["versions"].items()],
-        "nvcc": [("found", path) for path in facts["nvcc"]] or [("none", "not in CUDA_HOME, PATH or pip packages")],
+        "extension": describe_extension(facts["extension"]),
+        "compiler": describe_compiler(facts["compiler"]),
         "caches": [(name, describe_folder(cache)) for name, cache in facts["caches"].items()],
         "environment": [
             (name, f"{'unset' if entry['value'] is None else entry['value']}  ({entry['purpose']})")
@@ -135,6 +169,20 @@ def as_text() -> str:
 
 def describe_gpu(gpu: dict[str, Any]) -> str:
     return f"capability {gpu['capability']}, {gpu['multiprocessors']} SMs, {gpu['memory_gib']} GiB"
+
+
+def describe_extension(state: dict[str, Any]) -> list[tuple[str, str]]:
+    if state["reason"]:
+        return [("missing", state["reason"])]
+    return [
+        ("found", f"{state['path']}, built with the headers of CUDA {state['cuda']}"),
+        ("driver", state["driver"] or state["driver_reason"]),
+    ]
+
+
+def describe_compiler(state: dict[str, Any]) -> list[tuple[str, str]]:
+    found = ("found", state["path"]) if state["path"] else ("none", state["reason"])
+    return [found, ("kernels", f"{state['compiled']} of {state['kernels']} compiled")]
 
 
 def describe_folder(cache: dict[str, Any]) -> str:

@@ -93,7 +93,7 @@ def key(variant: Variant) -> str:
 
 def build_into(variant: Variant, folder: Path) -> None:
     """Compile into an empty folder, which then holds an artefact."""
-    source = folder / f"{variant.name}.cu"
+    source = folder.resolve() / f"{variant.name}.cu"
     source.write_text(variant.stub())
     os.utime(source, (0, 0))  # ptxas writes the time into the cubin, which should depend on contents alone
     start = time.perf_counter()

@@ -13,14 +13,14 @@ from pathlib import Path
 
 from .. import env
 from ..errors import ToolchainError
-from .options import ARCH, FLAGS, MIN_CUDA, pip_folders, relative_paths
+from .options import ARCH, FLAGS, MIN_CUDA, canonical, pip_folders
 
 TIMEOUT = 600  # seconds; a kernel takes 3
 
 
 @dataclass(frozen=True)
 class Nvcc:
-    nvcc: Path
+    path: Path
     ptxas: Path
     identity: str  # versions and build numbers of both
 
@@ -32,8 +32,8 @@ class Nvcc:
         """Write .ptx and .cubin beside `source`; returns the log."""
         ptx, cubin = source.with_suffix(".ptx"), source.with_suffix(".cubin")
         search = [f"-I{folder}" for folder in includes]
-        log = run([self.nvcc, *self.flags, *search, "-ptx", source, "-o", ptx], source.parent)
-        ptx.write_text(relative_paths(ptx.read_text(), (source.parent, *includes)))
+        log = run([self.path, *self.flags, *search, "-ptx", source, "-o", ptx], source.parent)
+        ptx.write_text(canonical(ptx.read_text(), (source.parent, *includes)))
         return log + run([self.ptxas, *self.ptxas_flags, ptx, "-o", cubin], source.parent)
 
 

@@ -12,12 +12,12 @@ from pathlib import Path
 
 from .. import env
 from ..errors import ToolchainError
-from .options import FLAGS, MIN_CUDA, pip_folders, relative_paths
+from .options import FLAGS, MIN_CUDA, canonical, pip_folders
 
 
 @dataclass(frozen=True)
 class Nvrtc:
-    library: Path
+    path: Path
     headers: tuple[Path, ...]  # of CUDA and of libcu++, which nvcc would find by itself
     identity: str
 
@@ -26,10 +26,10 @@ class Nvrtc:
     def compile(self, source: Path, includes: Sequence[Path]) -> str:
         """Write .ptx and .cubin beside `source`; returns the log."""
         search = [f"-I{folder}" for folder in (*includes, *self.headers)]
-        with Program(_loaded(self.library), source) as program:
+        with Program(_loaded(self.path), source) as program:
             log = program.compile([*self.options, *search])
             ptx = program.read("PTX").rstrip(b"\0").decode()
-            source.with_suffix(".ptx").write_text(relative_paths(ptx, includes))
+            source.with_suffix(".ptx").write_text(canonical(ptx, includes))
             source.with_suffix(".cubin").write_bytes(program.read("CUBIN"))
         return log
 

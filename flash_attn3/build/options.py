@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,10 +21,16 @@ def pip_folders() -> Iterator[Path]:
         yield from sorted(Path(entry, "nvidia").glob("*")) if entry else ()
 
 
-def relative_paths(ptx: str, includes: Sequence[Path]) -> str:
-    """Source lines by paths from the include folders: the same text wherever it was compiled."""
+def canonical(ptx: str, includes: Sequence[Path]) -> str:
+    """The same text wherever it was compiled: source lines by paths from the include folders, and in names of what is
+    local to a file zeros, as NVRTC writes them, for nvcc's hash of its path."""
     for folder in includes:
         ptx = ptx.replace(f'"{folder.resolve()}/', '"').replace(f'"{folder}/', '"')
+    for path_hash in set(re.findall("_INTERNAL_([0-9a-f]{8})_", ptx)):
+        ptx = ptx.replace(f"_{path_hash}_", "_00000000_")
+        # Debug information spells the names out in bytes, in lines of a fixed length.
+        codes = r"(,|\n\.b8 )".join(str(ord(digit)) for digit in path_hash)
+        ptx = re.sub(rf"\b{codes}\b", lambda match: "".join(f"{ord('0')}{end}" for end in (*match.groups(), "")), ptx)
     return ptx
 
 

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,18 +49,34 @@ def digest(stub: str, folders: Sequence[Path]) -> str:
     """
     result = hashlib.sha256(stub.encode())
     found: set[Path] = set()
-    pending = [(folders[0], stub.encode())]
+    pending = [(folders[0], _includes(stub.encode()))]
     while pending:
-        beside, text = pending.pop()
-        for include in INCLUDE.findall(text):
-            path = _find(include.decode(), (beside, *folders))
+        beside, includes = pending.pop()
+        for include in includes:
+            path = _find(include, (beside, *folders))
             if path is not None and path not in found:
                 found.add(path)
-                content = path.read_bytes()
-                result.update(b"%d\n" % len(content) + content)
-                pending.append((path.parent, content))
+                info = path.stat()
+                content_hash, nested = _contents(path, info.st_mtime_ns, info.st_size)
+                result.update(content_hash)
+                pending.append((path.parent, nested))
     return result.hexdigest()
 
 
+@functools.cache
+def _contents(path: Path, mtime_ns: int, size: int) -> tuple[bytes, tuple[str, ...]]:
+    """Hash and includes of a file; most kernels share most files."""
+    content = path.read_bytes()
+    return hashlib.sha256(content).digest(), _includes(content)
+
+
+def _includes(text: bytes) -> tuple[str, ...]:
+    return tuple(include.decode() for include in INCLUDE.findall(text))
+
+
 def _find(include: str, folders: Sequence[Path]) -> Path | None:
-    return next((path.resolve() for folder in folders if (path := folder / include).is_file()), None)
+    for folder in folders:
+        path = os.path.join(folder, include)  # a hundred times for each kernel: Path would be slower than reading
+        if os.path.isfile(path):
+            return Path(path)
+    return None

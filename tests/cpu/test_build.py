@@ -49,6 +49,14 @@ extern "C" __global__ void __launch_bounds__(1024) fa3_text(float* y) {
     for (int i = 0; i < 128; ++i) y[i * 1024 + threadIdx.x] = x[i];
 }
 """
+LOCAL = """
+#include <cuda/std/ranges>
+static __device__ int calls;
+extern "C" __global__ void fa3_text(int* y, const void** z) {
+    y[threadIdx.x] = calls++;
+    z[threadIdx.x] = &cuda::std::ranges::begin;
+}
+"""
 BROKEN = 'extern "C" __global__ void fa3_text() { unknown_function(); }\n'
 
 
@@ -89,11 +97,16 @@ def test_each_compiler_makes_cubin_ptx_and_report(compiler, tmp_path) -> None:
     assert "fa3_toy" in made.log
 
 
-def test_the_same_bytes_wherever_they_are_compiled(compiler, tmp_path) -> None:
-    first, second = (compiled(ToyVariant(), tmp_path / name) for name in ("a", "longer_name"))
+@pytest.mark.parametrize(
+    ("variant", "says"),
+    [(ToyVariant(), b'"toy.cuh"'), (SourceVariant("text", LOCAL), b"_INTERNAL_00000000_")],
+    ids=["paths", "names"],
+)
+def test_the_same_bytes_wherever_they_are_compiled(variant, says, compiler, tmp_path) -> None:
+    first, second = (compiled(variant, tmp_path / name) for name in ("a", "longer_name"))
     assert (first.cubin, first.ptx) == (second.cubin, second.ptx)
     assert str(tmp_path).encode() not in first.cubin + first.ptx
-    assert b'"toy.cuh"' in first.ptx  # source lines by a path from the folder of the kernels
+    assert says in first.ptx
 
 
 @pytest.mark.parametrize(
@@ -171,7 +184,7 @@ def test_nvrtc_is_refused_with_a_reason(tmp_path) -> None:
 
 
 def test_nvrtc_without_headers_names_the_packages(compilers, tmp_path, monkeypatch) -> None:
-    real = compilers[1].library
+    real = compilers[1].path
     (tmp_path / "lib").mkdir()
     for library in real.parent.glob("libnvrtc*"):
         (tmp_path / "lib" / library.name).symlink_to(library)

@@ -107,9 +107,9 @@ def test_key_changes_with_everything_that_the_kernel_depends_on(change, tmp_path
     elif change == "header":
         (tmp_path / "toy_entry.cuh").write_text("entries")
     elif change == "nested header":
-        (tmp_path / "nested" / "b.h").write_text("c")
+        (tmp_path / "nested" / "b.h").write_text("changed")
     elif change == "compiler":
-        other = nvcc.Nvcc(COMPILER.nvcc, COMPILER.ptxas, "release 13.1")
+        other = nvcc.Nvcc(COMPILER.path, COMPILER.ptxas, "release 13.1")
         monkeypatch.setattr(toolchain, "find", lambda: other)
     else:
         monkeypatch.setattr(nvcc.Nvcc, "options", (*COMPILER.options, "-O2"))

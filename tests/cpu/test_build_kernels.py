@@ -11,17 +11,25 @@ import re
 import pytest
 
 from flash_attn3 import build, variants
-from flash_attn3.build import nvcc, report, sources
+from flash_attn3.build import batch, nvcc, report, sources
 from flash_attn3.build.options import cuda_headers
+from flash_attn3.errors import ToolchainError
 
 MAX_SMEM = 232448  # bytes that a block can have
 REGISTERS = 65536  # of a multiprocessor
 PARAMETERS = {"fwd": "fa3::FwdParams"}
 
 
-@pytest.fixture(scope="module", params=variants.all_variants(), ids=lambda variant: variant.name)
-def kernel(request: pytest.FixtureRequest) -> tuple[variants.Variant, build.Artifact]:
-    return request.param, build.obtain(request.param)
+@pytest.fixture(scope="module")
+def compiled() -> dict[variants.Variant, build.Artifact | ToolchainError]:
+    return dict(batch.compile_all(variants.all_variants(), batch.default_jobs(), build.obtain))
+
+
+@pytest.fixture(params=variants.all_variants(), ids=lambda variant: variant.name)
+def kernel(request: pytest.FixtureRequest, compiled) -> tuple[variants.Variant, build.Artifact]:
+    if isinstance(compiled[request.param], ToolchainError):
+        raise compiled[request.param]
+    return request.param, compiled[request.param]
 
 
 def stamp(ptx: bytes) -> tuple[int, ...]:

@@ -4,20 +4,21 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import flash_attn3
-from flash_attn3 import env, info
-from flash_attn3.build import nvcc
+from flash_attn3 import env, extension, info, variants
+from flash_attn3.build import nvcc, toolchain
+from flash_attn3.errors import ToolchainError
 
 ROOT = Path(__file__).parents[2]
-SECTIONS = {"version", "backends", "gpus", "versions", "nvcc", "caches", "environment"}
+SECTIONS = {"version", "backends", "gpus", "versions", "extension", "compiler", "caches", "environment"}
 
 
 def run_info(*options: str, **environment: str) -> str:
@@ -76,14 +77,52 @@ def test_no_home(monkeypatch) -> None:
     assert "no HOME" in info.describe_folder(info.folder(None))
 
 
-@pytest.mark.skipif(os.name != "posix", reason="an executable file")
-def test_nvcc_is_found_where_it_is(tmp_path, monkeypatch) -> None:
-    compiler = tmp_path / "bin" / "nvcc"
-    compiler.parent.mkdir()
-    compiler.write_text("#!/bin/sh\n")
-    compiler.chmod(0o755)
-    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
-    assert compiler in nvcc.candidates()
-    monkeypatch.delenv("CUDA_HOME")
-    monkeypatch.setenv("PATH", str(compiler.parent))
-    assert compiler in nvcc.candidates()
+def test_compiler_that_would_be_used(monkeypatch) -> None:
+    monkeypatch.setattr(toolchain, "find", lambda: nvcc.Nvcc(Path("/opt/bin/nvcc"), Path("/opt/bin/ptxas"), "13.0"))
+    monkeypatch.setattr(info, "find", lambda variant: variant if variant is variants.all_variants()[0] else None)
+    state = info.compiler()
+    assert (state["path"], state["reason"]) == ("/opt/bin/nvcc", None)
+    assert (state["compiled"], state["kernels"]) == (1, len(variants.all_variants()))
+    assert "/opt/bin/nvcc" in info.as_text() and f"1 of {state['kernels']} compiled" in info.as_text()
+
+
+def test_no_compiler(monkeypatch) -> None:
+    def find() -> None:
+        raise ToolchainError("looked everywhere")
+
+    monkeypatch.setattr(toolchain, "find", find)
+    assert info.compiler()["reason"] == "looked everywhere"
+    assert "looked everywhere" in info.as_text()
+
+
+def test_extension_and_driver(monkeypatch) -> None:
+    def opened() -> str:
+        raise ToolchainError("no libcuda")
+
+    module = SimpleNamespace(__file__="/x/_C.so", cuda_version=13020, driver_version=lambda: 12090)
+    monkeypatch.setattr(extension, "unavailable_reason", lambda: None)
+    monkeypatch.setattr(extension, "load", lambda: module)
+    module.driver_path = lambda: "libcuda.so.1"
+    assert info.native()["driver"] == "libcuda.so.1, version 12.9"
+    assert "/x/_C.so, built with the headers of CUDA 13.2" in info.as_text()
+    module.driver_path = opened
+    assert (info.native()["driver"], info.native()["driver_reason"]) == (None, "no libcuda")
+    assert "no libcuda" in info.as_text()
+
+
+def test_installed_without_the_extension(tmp_path, monkeypatch) -> None:
+    def missing(*args: object) -> None:
+        raise ImportError("No module named 'flash_attn3._C'")
+
+    monkeypatch.setattr(extension.importlib, "import_module", missing)
+    monkeypatch.setattr(extension, "MISSING", tmp_path / "_C.missing.txt")
+    extension.unavailable_reason.cache_clear()
+    assert "cannot be loaded (No module named 'flash_attn3._C')" in info.native()["reason"]
+    (tmp_path / "_C.missing.txt").write_text("no g++\n")
+    extension.unavailable_reason.cache_clear()
+    reason = info.native()["reason"]
+    extension.unavailable_reason.cache_clear()
+    assert reason == "flash_attn3 was installed without _C (no g++); mend that and install it again"
+    assert ("missing", reason) in info.describe_extension({"reason": reason})
+    with pytest.raises(ToolchainError, match="installed without _C"):
+        extension.load()
