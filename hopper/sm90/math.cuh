@@ -6,7 +6,7 @@
 
 namespace fa3 {
 
-constexpr float kInfinity = __builtin_huge_valf();
+constexpr float kInfinity = __builtin_bit_cast(float, 0x7f800000u);
 
 namespace sm90 {
 

@@ -11,7 +11,7 @@ import re
 import pytest
 
 from flash_attn3 import build, variants
-from flash_attn3.build import batch, nvcc, report, sources
+from flash_attn3.build import batch, nvcc, nvrtc, report, sources, toolchain
 from flash_attn3.build.options import cuda_headers
 from flash_attn3.errors import ToolchainError
 
@@ -69,6 +69,17 @@ def test_source_lines_are_those_of_the_kernels(kernel) -> None:
     variant, made = kernel
     assert f'"{variant.operation}.cuh"'.encode() in made.ptx
     assert variant.entry.encode() in made.ptx
+
+
+@pytest.mark.parametrize("operation", PARAMETERS)
+def test_nvrtc_compiles_the_same_sources(operation, tmp_path, monkeypatch) -> None:
+    """It brings no headers and no builtin functions of g++, and is the only compiler on most machines."""
+    variant = next(variant for variant in variants.all_variants() if variant.operation == operation)
+    compiler = next(found for path in nvrtc.candidates() if isinstance(found := nvrtc.opened(path), nvrtc.Nvrtc))
+    monkeypatch.setattr(toolchain, "find", lambda: compiler)
+    made = build.compile_in(tmp_path, variant)
+    assert made.report.complaints == ()
+    assert stamp(made.ptx) == stamp(build.obtain(variant).ptx)
 
 
 def test_every_operation_is_here() -> None:
