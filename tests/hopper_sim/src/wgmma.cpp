@@ -3,6 +3,7 @@
 // once.
 #include "wgmma.h"
 
+#include <algorithm>
 #include <cstring>
 
 #include "decode.h"
@@ -182,9 +183,8 @@ Step multiply(Warp& w, const Instruction& i, u32 mask) {
         read_a_from_registers(w, i, shape, rows);
     float sign = i.option & 4 ? -1.0f : 1.0f;
     for (u32 k = 0; k < shape.k; ++k)
-        for (u32 half = 0; half < 2; ++half)
-            for (u32 lane = 0; lane < kWarpSize; ++lane)
-                a[k][half][lane] = sign * rows[k][lane / 4 + 8 * half];
+        for (u32 row = 0; row < kWarpRows; ++row)
+            std::fill_n(&a[k][row / 8][4 * (row % 8)], 4, sign * rows[k][row]);
     SharedOperand& b = shared_b(w, i, shape, w.reg<u64>(i.b)[0]);
     check_operands(w, i, operation.pieces, b);
     std::vector<float*> d(i.data.size());

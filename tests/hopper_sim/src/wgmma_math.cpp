@@ -4,8 +4,6 @@
 #include "numbers.h"
 #include "wgmma.h"
 
-// The products below must be fused multiply-adds.
-#pragma GCC optimize("fp-contract=fast")
 #ifndef __FMA__
 #error "wgmma needs fused multiply-add: build with -march=native on a machine that has it"
 #endif
@@ -14,13 +12,32 @@ namespace hopper_sim {
 
 namespace {
 
-using Vec16 = float __attribute__((vector_size(64), aligned(4)));
-using Vec4 = float __attribute__((vector_size(16), aligned(4)));
-
-inline Vec16 repeat(const float* four) {
-    Vec4 v = *reinterpret_cast<const Vec4*>(four);
-    return __builtin_shufflevector(v, v, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3);
-}
+#ifdef __AVX512F__
+struct Vector {
+    static constexpr u32 kLanes = 16;
+    __m512 v;
+    static Vector load(const float* p) { return {_mm512_loadu_ps(p)}; }
+    // The masked form, with all lanes chosen: GCC 12 warns of the other one's own header.
+    static Vector repeat(const float* four) {
+        return {_mm512_maskz_broadcast_f32x4(0xffff, _mm_loadu_ps(four))};
+    }
+    static Vector zero() { return {_mm512_setzero_ps()}; }
+    void store(float* p) const { _mm512_storeu_ps(p, v); }
+    void add_product(Vector x, Vector y) { v = _mm512_fmadd_ps(x.v, y.v, v); }
+};
+#else
+struct Vector {
+    static constexpr u32 kLanes = 8;
+    __m256 v;
+    static Vector load(const float* p) { return {_mm256_loadu_ps(p)}; }
+    static Vector repeat(const float* four) {
+        return {_mm256_broadcast_ps(reinterpret_cast<const __m128*>(four))};
+    }
+    static Vector zero() { return {_mm256_setzero_ps()}; }
+    void store(float* p) const { _mm256_storeu_ps(p, v); }
+    void add_product(Vector x, Vector y) { v = _mm256_fmadd_ps(x.v, y.v, v); }
+};
+#endif
 
 const float* fp8_table(ElementType type) {
     static const auto tables = [] {
@@ -53,27 +70,58 @@ u32 convert_piece(const u8* from, ElementType type, float* to) {
     return 16;
 }
 
+namespace {
+
+using RowsOfLanes = const float (*)[2][kWarpSize];
+
+// The registers of 8 columns in some lanes: rows 0-7 even, odd; rows 8-15 even, odd.
+struct Sums {
+    Vector r0, r1, r2, r3;
+    Sums(float* const* d, u32 lane, bool accumulate) {
+        auto start = [=](u32 r) { return accumulate ? Vector::load(d[r] + lane) : Vector::zero(); };
+        r0 = start(0), r1 = start(1), r2 = start(2), r3 = start(3);
+    }
+    void add_product(Vector upper, Vector lower, const float* columns) {
+        Vector even = Vector::repeat(columns), odd = Vector::repeat(columns + 4);
+        r0.add_product(upper, even), r1.add_product(upper, odd);
+        r2.add_product(lower, even), r3.add_product(lower, odd);
+    }
+    void store(float* const* d, u32 lane) const {
+        r0.store(d[0] + lane), r1.store(d[1] + lane);
+        r2.store(d[2] + lane), r3.store(d[3] + lane);
+    }
+};
+
+// Two blocks of 8 columns at once keep the multipliers busy.
+void multiply_two(float* const* d, RowsOfLanes a, const float* b, u32 n, u32 k, bool accumulate,
+                  u32 lane) {
+    Sums first(d, lane, accumulate), second(d + 4, lane, accumulate);
+    for (u32 step = 0; step < k; ++step, b += n) {
+        Vector upper = Vector::load(a[step][0] + lane), lower = Vector::load(a[step][1] + lane);
+        first.add_product(upper, lower, b);
+        second.add_product(upper, lower, b + 8);
+    }
+    first.store(d, lane);
+    second.store(d + 4, lane);
+}
+
+void multiply_one(float* const* d, RowsOfLanes a, const float* b, u32 n, u32 k, bool accumulate,
+                  u32 lane) {
+    Sums sums(d, lane, accumulate);
+    for (u32 step = 0; step < k; ++step, b += n)
+        sums.add_product(Vector::load(a[step][0] + lane), Vector::load(a[step][1] + lane), b);
+    sums.store(d, lane);
+}
+
+}  // namespace
+
 void multiply_accumulate(float* const* d, const float (*a)[2][kWarpSize], const float* b, u32 n,
                          u32 k, bool accumulate) {
-    auto vec = [](float* p) -> Vec16& { return *reinterpret_cast<Vec16*>(p); };
-    for (u32 block = 0; block < n / 8; ++block) {
-        Vec16 sum[4][2];  // registers of the block (rows 0-7 even, odd; rows 8-15 even, odd),
-                          // halves of the warp
-        for (u32 r = 0; r < 4; ++r)
-            for (u32 half = 0; half < 2; ++half)
-                sum[r][half] = accumulate ? vec(d[4 * block + r] + 16 * half) : Vec16{};
-        const float* columns = b + 8 * block;
-        for (u32 step = 0; step < k; ++step, columns += n) {
-            Vec16 even = repeat(columns), odd = repeat(columns + 4);
-            for (u32 rows = 0; rows < 2; ++rows)
-                for (u32 half = 0; half < 2; ++half) {
-                    Vec16 x = *reinterpret_cast<const Vec16*>(a[step][rows] + 16 * half);
-                    sum[2 * rows][half] += x * even;
-                    sum[2 * rows + 1][half] += x * odd;
-                }
-        }
-        for (u32 r = 0; r < 4; ++r)
-            for (u32 half = 0; half < 2; ++half) vec(d[4 * block + r] + 16 * half) = sum[r][half];
+    for (u32 lane = 0; lane < kWarpSize; lane += Vector::kLanes) {
+        u32 column = 0;
+        for (; column + 16 <= n; column += 16)
+            multiply_two(d + column / 2, a, b + column, n, k, accumulate, lane);
+        if (column < n) multiply_one(d + column / 2, a, b + column, n, k, accumulate, lane);
     }
 }
 
