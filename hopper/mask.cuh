@@ -58,17 +58,29 @@ __device__ KeyBlocks key_blocks(const FwdParams& p, const Sequence& seq, const T
     return blocks;
 }
 
-// -inf at the scores of invisible keys. `first_key` is that of scores[0].
+// A thread holds 2 adjacent keys of every 8: of its keys 0, 1, 8, 9, ... so many are below `limit`.
+__device__ inline int held_below(int limit) {
+    limit = max(limit, 0);
+    return limit / 8 * 2 + min(limit % 8, 2);
+}
+
+// -inf at the scores of invisible keys; `first_key` is that of scores[0]. A bit for each score,
+// since ptxas turns constant bits of a register into predicates, seven at a time.
 template <int R>
 __device__ void hide(float (&scores)[R], const KeyRange (&visible)[2], int first_key) {
+    constexpr int kScores = R / 2, kBits = 32;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-        const int lo = visible[h].lo - first_key, hi = visible[h].hi - first_key;
+        const int lo = held_below(visible[h].lo - first_key),
+                  hi = held_below(visible[h].hi - first_key);
 #pragma unroll
-        for (int i = 0; i < R / 2; ++i) {
-            const int key = 8 * (i / 2) + i % 2;  // 2 adjacent keys in every 8 belong to the thread
-            float& score = scores[4 * (i / 2) + 2 * h + i % 2];
-            score = lo <= key && key < hi ? score : -kInfinity;
+        for (int first = 0; first < kScores; first += kBits) {
+            const unsigned keep = sm90::low_bits(hi - first) & ~sm90::low_bits(lo - first);
+#pragma unroll
+            for (int i = first; i < min(first + kBits, kScores); ++i) {
+                float& score = scores[4 * (i / 2) + 2 * h + i % 2];
+                score = keep & 1u << (i - first) ? score : -kInfinity;
+            }
         }
     }
 }

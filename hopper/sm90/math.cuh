@@ -58,6 +58,13 @@ __device__ inline unsigned pack(float low, float high) {
     return y;
 }
 
+// PTX ISA, shr, which clamps: the lowest n bits are ones; none if n < 0, all if n > 32.
+__device__ inline unsigned low_bits(int n) {
+    unsigned y;
+    asm("shr.u32 %0, 0xffffffff, %1;" : "=r"(y) : "r"(32 - min(max(n, 0), 32)));
+    return y;
+}
+
 // PTX ISA, cvt.f32.f16; fp32 begins with the bits of bf16.
 template <Dtype T>
 __device__ inline float to_float(unsigned short x) {
