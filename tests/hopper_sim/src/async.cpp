@@ -93,14 +93,34 @@ void write_target(AsyncOperation& op) {
     --op.group->unwritten;
 }
 
-void check_allocation(AsyncOperation& op) {
-    if (!op.is_tensor()) return;
+// Calls visit(address, bytes) for each range of global memory that an operation touches.
+template <class Visit>
+void each_range(const AsyncOperation& op, Visit visit) {
+    if (!op.is_tensor()) {
+        u32 bytes = op.kind == AsyncOperation::cp_async ? op.valid_bytes : op.bytes;
+        if (bytes) visit(op.global, bytes);
+        return;
+    }
     each_row(op.map, op.start, [&](const BoxRow& r) {
         if (r.first == r.last) return;
-        u64 from = r.address + r.first * op.map.element_bytes,
-            bytes = (r.last - r.first) * op.map.element_bytes;
-        global_range(*op.warp, *op.at, from, bytes);
-        if (op.is_load()) op.cta->grid().report->statistics.note_read(from, bytes);
+        visit(r.address + r.first * op.map.element_bytes,
+              (r.last - r.first) * op.map.element_bytes);
+    });
+}
+
+void check_global(AsyncOperation& op) {
+    Warp& w = *op.warp;
+    Grid& grid = op.cta->grid();
+    GlobalOrder* order = grid.global.get();
+    if (!op.is_load()) op.group->sequence = ++w.cta->global.bulk_stores;
+    each_range(op, [&](u64 address, u32 bytes) {
+        global_range(w, *op.at, address, bytes);
+        if (op.is_load()) grid.report->statistics.note_read(address, bytes);
+        if (!order) return;
+        if (op.is_load())
+            order->read(w, *op.at, address, bytes);
+        else if (!op.reduce)
+            order->bulk_write(w, *op.at, address, bytes);
     });
 }
 
@@ -155,7 +175,7 @@ void enter_shadow(const AsyncOperation& op) {
 
 void issue(Cluster& cluster, AsyncOperation op) {
     Grid& grid = *cluster.grid;
-    check_allocation(op);
+    check_global(op);
     ++grid.report->statistics.async_sites[op.at->line];
     (op.is_load() ? grid.report->statistics.tma_bytes_in : grid.report->statistics.tma_bytes_out) +=
         op.bytes;

@@ -18,7 +18,8 @@ struct Warp;
 struct Group {
     u32 unread = 0, unwritten = 0;
     u32 operations = 0;
-    u64 end = 0;  // of the last, in logical time
+    u32 sequence = 0;  // of its last bulk store, among those of the block
+    u64 end = 0;       // in logical time, of the last
 };
 
 struct AsyncOperation {

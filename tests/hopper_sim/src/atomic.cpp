@@ -125,7 +125,9 @@ void decode_atomic(Decode& d) {
     if ((type[0] == 'f' || type == "bf16x2") && d.i.variant != kAdd)
         throw Error(kNotSupported, "floating-point atomic other than add");
     d.i.space = d.take_space();
-    d.modifiers.take_any({"relaxed", "acquire", "release", "acq_rel"});
+    std::string_view order = d.modifiers.take_any({"relaxed", "acquire", "release", "acq_rel"});
+    d.i.acquires = order == "acquire" || order == "acq_rel";
+    d.i.releases = order == "release" || order == "acq_rel";
     d.modifiers.take_any({"cta", "cluster", "gpu", "sys"});
     d.modifiers.take("noftz");
     std::string_view vector = d.modifiers.take_any({"v2", "v4", "v8"});

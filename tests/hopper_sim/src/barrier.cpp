@@ -132,8 +132,15 @@ Step cluster_wait(Warp& w, const Instruction& i, u32) {
     return Step::next;
 }
 
+Step wait_for_dependencies(Warp& w, const Instruction& i, u32) {
+    if (GlobalOrder* global = w.cta->grid().global.get()) global->wait_for_dependencies(w, i);
+    return Step::next;
+}
+
 Step fence(Warp& w, const Instruction& i, u32 mask) {
     w.fence(mask, i.option);
+    GlobalOrder* global = w.cta->grid().global.get();
+    if ((i.option & kFenceDevice) && global) global->fence(*w.cta);
     return Step::next;
 }
 
@@ -224,7 +231,8 @@ void decode_fence(Decode& d) {
     }
     if (d.modifiers.take("mbarrier_init")) d.i.option = kFenceMbarrierInit;
     d.modifiers.take_any({"sc", "acq_rel", "acquire", "release"});
-    d.modifiers.take_any({"cta", "cluster", "gpu", "gl", "sys"});
+    std::string_view scope = d.modifiers.take_any({"gpu", "gl", "sys", "cluster", "cta"});
+    if (!scope.empty() && scope[0] != 'c') d.i.option |= kFenceDevice;
     d.i.run = fence;
 }
 
@@ -273,9 +281,9 @@ void decode_trap(Decode& d) {
 
 void decode_griddepcontrol(Decode& d) {
     d.expect_args(0, 0);
-    if (d.modifiers.take_any({"wait", "launch_dependents"}).empty())
-        throw Error(kNotSupported, "griddepcontrol of this kind");
-    d.i.run = nothing;
+    std::string_view kind = d.modifiers.take_any({"wait", "launch_dependents"});
+    if (kind.empty()) throw Error(kNotSupported, "griddepcontrol of this kind");
+    d.i.run = kind == "wait" ? wait_for_dependencies : nothing;
 }
 
 }  // namespace hopper_sim

@@ -168,6 +168,14 @@ u32 copies_seen(Warp& w, u32 mask) {
     return seen;
 }
 
+// Bulk stores that this thread, and with it the block, knows to be visible.
+void note_written(Warp& w, const LaneGroups& groups, s64 allowed) {
+    BlockOrder& block = w.cta->global;
+    u32& known = block.seen[2 * block.number + 1];
+    for (size_t n = 0; n + static_cast<size_t>(allowed) < groups.committed.size(); ++n)
+        known = std::max(known, groups.committed[n]->sequence);
+}
+
 template <bool Bulk>
 Step wait_groups(Warp& w, const Instruction& i, u32 mask) {
     for (u32 rest = mask; rest; rest &= rest - 1) {
@@ -189,6 +197,7 @@ Step wait_groups(Warp& w, const Instruction& i, u32 mask) {
         groups.seen_read = std::max(groups.seen_read, seen);
         if (i.variant == kWritten) groups.seen_written = std::max(groups.seen_written, seen);
         if (Bulk) w.order.seen.raise(groups.agent, seen);
+        if (Bulk && i.variant == kWritten) note_written(w, groups, i.immediate);
         if (i.variant == kWritten)
             while (groups.committed.size() > static_cast<size_t>(i.immediate))
                 groups.committed.pop_front();

@@ -291,6 +291,7 @@ void hopper_sim_reset() {
     driver().messages.clear();
     driver().broken = kSuccess;
     driver().on_launch = nullptr;
+    unfinished_grids() = Footprint();
     allocations().forget_registered();
 }
 

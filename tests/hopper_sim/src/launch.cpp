@@ -141,6 +141,8 @@ std::unique_ptr<Cta> start_cta(Cluster& cluster, const u32 (&index)[3]) {
     cta->cluster = &cluster;
     cta->rank = static_cast<u32>(cluster.ctas.size());
     std::memcpy(cta->index, index, sizeof index);
+    const u32(&grid)[3] = cluster.grid->shape.grid;
+    cta->global.number = index[0] + grid[0] * (index[1] + grid[1] * index[2]);
     cta->smem_end = kernel.dynamic_offset + cluster.grid->shape.dynamic_smem;
     cta->smem.reset(new u8[cta->smem_end + kPieceBytes]);
     std::memset(cta->smem.get(), 0xff, cta->smem_end + kPieceBytes);
@@ -179,11 +181,13 @@ class Scheduler {
             bool progress = false;
             for (auto& cluster : active_) progress |= run_cluster(*cluster);
             retire();
-            if (!progress && !complete_something())
-                throw Error(kLaunchTimeout, "deadlock" + waits());
             if (instructions_ > grid_.config.budget)
                 throw Error(kLaunchTimeout,
                             "the instruction budget is spent (a livelock?)" + waits());
+            bool patient = ++rounds_ % kPatience != 0;
+            if (progress && patient) continue;
+            if (!complete_something() && !progress)
+                throw Error(kLaunchTimeout, "deadlock" + waits());
         }
     }
 
@@ -214,7 +218,9 @@ class Scheduler {
         bool random = grid_.config.policy == Policy::random;
         if (random) std::shuffle(favoured.begin(), favoured.end(), grid_.random);
         bool progress = run_warps(cluster, favoured);
-        return progress || run_warps(cluster, starving);
+        bool patient = rounds_ % kPatience != 0;
+        if (progress && patient) return true;
+        return run_warps(cluster, starving) || progress;
     }
 
     bool run_warps(Cluster& cluster, const std::vector<Warp*>& warps) {
@@ -279,8 +285,12 @@ class Scheduler {
         return text;
     }
 
+    // Rounds until what a policy holds back goes on although others can run: they may only spin.
+    static constexpr u64 kPatience = 100;
+
     Grid& grid_;
     u32 clusters_[3];
+    u64 rounds_ = 0;
     std::vector<u64> order_;
     size_t next_ = 0;
     std::vector<std::unique_ptr<Cluster>> active_;
@@ -302,6 +312,7 @@ void launch(const Kernel& kernel, const LaunchShape& shape, const u8* parameters
     grid.smem_names = smem_names;
     grid.report = &report;
     grid.random.seed(config.seed);
+    if (config.check) grid.global = std::make_unique<GlobalOrder>(shape.programmatic);
     if (config.coverage) grid.coverage.resize(kernel.code.size());
     Scheduler scheduler(grid);
     auto finish = [&] {
@@ -316,6 +327,7 @@ void launch(const Kernel& kernel, const LaunchShape& shape, const u8* parameters
         throw;
     }
     finish();
+    if (grid.global) grid.global->finish();
 }
 
 }  // namespace hopper_sim

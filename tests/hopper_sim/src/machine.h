@@ -11,6 +11,7 @@
 
 #include "async.h"
 #include "config.h"
+#include "global_order.h"
 #include "order.h"
 #include "program.h"
 #include "register_tags.h"
@@ -194,8 +195,10 @@ struct Cta {
     NamedBarrier named_barriers[16];
     std::unordered_map<u64, SharedOperand> shared_operands[32];  // by warpgroup, wgmma number
     std::vector<Warp> warps;
-    std::vector<Touch> remote;  // the last accesses of other blocks, one a warp
-    u64 tensor_core_free = 0;   // in logical time
+    BlockOrder global;
+    std::vector<Touch> dependency_waits;  // griddepcontrol.wait
+    std::vector<Touch> remote;            // the last accesses of other blocks, one a warp
+    u64 tensor_core_free = 0;             // in logical time
     u32 live_warps = 0;
     s64 register_pool = 0;
 
@@ -237,7 +240,8 @@ struct Grid {
     std::vector<NamedRange> smem_names;
     LaunchReport* report = nullptr;
     std::mt19937_64 random;
-    std::vector<u64> coverage;  // by instruction; empty if not asked for
+    std::vector<u64> coverage;            // by instruction; empty if not asked for
+    std::unique_ptr<GlobalOrder> global;  // null without check
 
     u64 draw(u64 bound) { return random() % bound; }
 };

@@ -70,6 +70,16 @@ void note_write(Warp& w, const Instruction& i, u64 address, u32 bytes, u32 lane,
         at.cta->shadow->write(w, i, at.offset, bytes, static_cast<u8>(lane), harmless);
 }
 
+static void note_global(Warp& w, const Instruction& i, u64 address, u32 bytes, Access access) {
+    GlobalOrder& global = *w.cta->grid().global;
+    if (i.ordered || access == Access::atomic)
+        global.synchronise(w, i, address, bytes, access != Access::write, access != Access::read);
+    else if (access == Access::read)
+        global.read(w, i, address, bytes);
+    else
+        global.write(w, i, address, bytes);
+}
+
 u8* locate(Warp& w, const Instruction& i, u64 address, u32 bytes, u32 lane, Access access) {
     Space space = i.space;
     if (space == Space::generic) {
@@ -91,7 +101,9 @@ u8* locate(Warp& w, const Instruction& i, u64 address, u32 bytes, u32 lane, Acce
              format("misaligned: %u bytes at 0x%llx", bytes,
                     static_cast<unsigned long long>(address)));
     if (space == Space::local) return local_place(w, i, address, bytes, lane);
-    return global_range(w, i, address, bytes);
+    u8* place = global_range(w, i, address, bytes);
+    if (space == Space::global && w.cta->grid().global) note_global(w, i, address, bytes, access);
+    return place;
 }
 
 namespace {
@@ -195,7 +207,10 @@ Step access_matrices(Warp& w, const Instruction& i, u32) {
 
 // Cache and ordering modifiers that have no meaning here, apart from those of the memory model.
 void take_memory_hints(Decode& d) {
-    d.i.ordered = !d.modifiers.take_any({"relaxed", "acquire", "release", "volatile"}).empty();
+    std::string_view order = d.modifiers.take_any({"relaxed", "acquire", "release", "volatile"});
+    d.i.ordered = !order.empty();
+    d.i.acquires = order == "acquire";
+    d.i.releases = order == "release";
     for (const char* hint : {"weak",
                              "cta",
                              "cluster",

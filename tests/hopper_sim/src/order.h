@@ -59,7 +59,12 @@ struct Touch {
     explicit operator bool() const { return epoch != 0; }
 };
 
-enum FenceKind : u8 { kFenceSharedProxy = 1, kFenceGlobalProxy = 2, kFenceMbarrierInit = 4 };
+enum FenceKind : u8 {
+    kFenceSharedProxy = 1,
+    kFenceGlobalProxy = 2,
+    kFenceMbarrierInit = 4,
+    kFenceDevice = 8
+};
 
 // A fence of a warp ends an epoch of it.
 struct Fence {

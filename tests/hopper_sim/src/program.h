@@ -45,7 +45,8 @@ struct Instruction {
     Space space = Space::generic;
     u8 bytes = 0, register_bytes = 0, base_bytes = 0;
     bool is_signed = false, has_dst = false, ordered = false;
-    u8 variant = 0, option = 0;  // meaning belongs to the handler
+    bool acquires = false, releases = false;  // accesses with these semantics
+    u8 variant = 0, option = 0;               // meaning belongs to the handler
     u32 base = 0;
     s64 offset = 0, immediate = 0;
     std::vector<u32> data, data2;    // { } operands
