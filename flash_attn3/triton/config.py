@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 
 LARGE_SHARED_MEMORY = ("sm_80", "sm_87", "sm_90", "sm_100", "sm_103")  # 163 KiB at least, others 64 or 99
-TENSOR_MEMORY = ("sm_100", "sm_103")  # accumulators lie there, in another order for M tiles of 64
+WARPGROUP = ("sm_90",)  # wgmma
+TENSOR_MEMORY = ("sm_100", "sm_103")  # tcgen05
 
 
 @dataclass(frozen=True)
@@ -47,17 +48,22 @@ def block_dim(head_dim: int) -> int:
 
 
 def fwd_config(arch: str, head_dim: int, head_dim_v: int, is_fp8: bool, num_rows: int) -> Config:
-    """A row's part of a tile lies within one warp, whatever the M tile, so that sums run in the same order."""
+    """Where there is a choice of M tiles, each row lies within one warp, so that its sums run in the same order.
+
+    That takes as many rows as columns where matrix instructions are of one warp (mma.sync).
+    """
     width = block_dim(max(head_dim, head_dim_v))
     if width > 256:
         return Config(16, 32, 4, 2)
-    block_m = 64 if num_rows <= 64 and arch not in TENSOR_MEMORY else 128
-    if width > 128 and arch.startswith("sm_") and arch not in LARGE_SHARED_MEMORY:
-        block_m = 64
+    block_m = 64 if num_rows <= 64 else 128
     block_n = 64 if width <= 128 and not is_fp8 else 32
     num_warps = block_m // 16
-    if arch.startswith("gfx"):  # wavefronts of 64 lanes, matrix instructions of 32 rows
+    if arch.startswith("gfx"):  # wavefronts of 64 lanes, instructions of 32 rows
         num_warps = block_m // 32
-    elif width <= 64 and arch not in TENSOR_MEMORY:
+    elif arch in TENSOR_MEMORY:
+        block_m, num_warps = 128, 8
+    elif width <= 64:
         num_warps = 4
+    elif arch not in WARPGROUP:
+        block_m, num_warps = (128, 8) if width == 128 else (64, 4)
     return Config(block_m, block_n, num_warps, 3 if arch in LARGE_SHARED_MEMORY else 2)

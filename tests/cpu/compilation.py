@@ -39,6 +39,7 @@ class Compiled:
     registers: int
     spilled: int  # bytes of each thread that do not fit into registers
     assembly: str
+    layouts: str  # TritonGPU's intermediate representation
 
 
 class _Driver:
@@ -84,14 +85,16 @@ def _inspect(name: str, options: dict[str, Any], kernel: CompiledKernel) -> Comp
     if "amdgcn" in kernel.asm:
         text = kernel.asm["amdgcn"]
         registers, scratch = (_number(rf"\.{key}:\s+(\d+)", text) for key in ("vgpr_count", SCRATCH))
-        return Compiled(name, options, kernel.metadata.shared, registers, scratch, text)
+        return Compiled(name, options, kernel.metadata.shared, registers, scratch, text, kernel.asm["ttgir"])
     with TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(kernel.asm["cubin"])
         command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(cubin)]
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     registers, stack, local = (_number(rf"{key}:(\d+)", usage) for key in ("REG", "STACK", "LOCAL"))
-    return Compiled(name, options, kernel.metadata.shared, registers, stack + local, kernel.asm["ptx"])
+    return Compiled(
+        name, options, kernel.metadata.shared, registers, stack + local, kernel.asm["ptx"], kernel.asm["ttgir"]
+    )
 
 
 def _number(pattern: str, text: str) -> int:

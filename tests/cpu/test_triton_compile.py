@@ -8,6 +8,7 @@ memory. The latter are values that loops only read; where a tile of 256 or 512 c
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -36,7 +37,7 @@ FORWARD = [  # query rows fill tiles, or decode
     *(pytest.param(arch, (64, 64), BF16, 100, marks=slow) for arch in ("sm_90", "gfx942")),
     *(pytest.param(arch, (256, 256), BF16, 100, marks=slow) for arch in ("sm_80", "sm_86", "sm_100", "gfx942")),
     *(pytest.param(arch, (128, 128), E4M3, 100, marks=slow) for arch in ("sm_80", "sm_90")),
-    *(pytest.param(arch, (128, 128), BF16, 1, marks=slow) for arch in ("sm_80", "sm_90")),
+    *(pytest.param(arch, (128, 128), BF16, 1, marks=slow) for arch in ("sm_90", "gfx942")),
     *(pytest.param(arch, (64, 512), BF16, 1, marks=slow) for arch in ("sm_80", "gfx942")),
 ]
 
@@ -72,6 +73,25 @@ def test_forward(arch: str, head_dims: tuple[int, int], dtype: torch.dtype, seql
     assert matrix_instruction in forward.assembly
     assert forward.spilled <= MAX_SPILLED[max(head_dims)], f"{forward.spilled} bytes spilled"
     assert combine.spilled == 0
+
+
+@pytest.mark.parametrize(
+    ("arch", "head_dim"),
+    [("sm_80", 64), *(pytest.param(*case, marks=slow) for case in [("sm_80", 256), ("sm_90", 128), ("gfx942", 128)])],
+)
+def test_the_number_of_rows_moves_no_bit(arch: str, head_dim: int, compile_for) -> None:
+    """Prefill and decode run the same code, or in both a row's scores lie within one warp, which sums them alike."""
+    layouts = []
+    for seqlen_q in (100, 1):
+        case = make_inputs("dense", seqlen_q=seqlen_q, head_dim=head_dim)
+        (kernel,) = compile_for(arch, lambda case=case: call(case, backend="triton"))
+        layouts.append(
+            re.findall(r"mf?ma<{.*?warpsPerCTA = \[(\d+), (\d+)\].*?instrShape = \[([\d, ]+)\]", kernel.layouts)
+        )
+    assert layouts[0] and len(layouts[0]) == len(layouts[1])
+    for (rows, columns, shape), (other_rows, other_columns, other_shape) in zip(*layouts, strict=True):
+        assert shape == other_shape and columns == other_columns
+        assert columns == "1" or rows == other_rows
 
 
 @pytest.mark.parametrize("arch", TARGETS)
