@@ -24,7 +24,7 @@ package.__path__ = [str(ROOT / "flash_attn3")]
 sys.modules["flash_attn3"] = package
 
 from flash_attn3 import env  # noqa: E402
-from flash_attn3.build import batch, options  # noqa: E402
+from flash_attn3.build import PREBUILT, batch, options, sources  # noqa: E402
 from flash_attn3.variants import all_variants  # noqa: E402
 
 
@@ -55,11 +55,11 @@ class BuildExtension(build_ext):
             if prebuild:
                 self.warn("FLASH_ATTN3_PREBUILD is for wheels; a checkout compiles its kernels at first use")
             return
-        for leftover in ("_hopper", "_prebuilt"):  # of the build before
+        for leftover in (sources.INSTALLED, PREBUILT.name):  # of the build before
             shutil.rmtree(folder / leftover, ignore_errors=True)
-        shutil.copytree(ROOT / "hopper", folder / "_hopper", ignore=ignored)
+        shutil.copytree(ROOT / "hopper", folder / sources.INSTALLED, ignore=ignored)
         if prebuild:
-            print(batch.table(batch.prebuild(all_variants(), folder / "_prebuilt", batch.default_jobs())))
+            print(batch.table(batch.prebuild(all_variants(), folder / PREBUILT.name, batch.default_jobs())))
 
     def build_extension(self, ext: Extension) -> None:
         try:

@@ -13,6 +13,7 @@ import shutil
 from pathlib import Path
 
 from . import __version__
+from .build import sources
 from .errors import FlashAttn3ValueError, message
 
 LICENSE = "BSD-3-Clause"
@@ -61,7 +62,17 @@ raw_ops.define()
 
 HUB_NAME = "flash-attn3"
 HUB_BACKENDS = ("cpu", "cuda")
-HUB_OMITS = ("__main__.py", "__pycache__", "demo", "export.py", "info.py", "integrations", "testing")
+HUB_OMITS = (
+    "__main__.py",
+    "__pycache__",
+    "batch.py",
+    "command.py",
+    "demo",
+    "export.py",
+    "info.py",
+    "integrations",
+    "testing",
+)
 
 
 def compat(folder: Path) -> None:
@@ -79,6 +90,7 @@ def hub(folder: Path) -> None:
     for backend in HUB_BACKENDS:
         variant = folder / "build" / f"torch-{backend}"
         shutil.copytree(Path(__file__).parent, variant, ignore=shutil.ignore_patterns(*HUB_OMITS))
+        shutil.copytree(sources.kernel_folder(), variant / sources.INSTALLED, dirs_exist_ok=True)
         with (variant / "__init__.py").open("a") as init:
             init.write("\nfrom . import flash_attn_interface  # noqa: E402, F401  (callers read it as an attribute)\n")
         metadata = {

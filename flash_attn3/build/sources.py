@@ -15,12 +15,13 @@ from .. import env
 from ..errors import ToolchainError
 
 PACKAGE = Path(__file__).parents[1]
+INSTALLED = "_hopper"  # the copy of hopper/ in an installed package
 INCLUDE = re.compile(rb'^[ \t]*#[ \t]*include[ \t]*[<"]([^>"\n]+)[>"]', re.MULTILINE)
 
 
 def kernel_folder() -> Path:
-    """hopper/ of a checkout, or its copy in an installed package."""
-    installed = PACKAGE / "_hopper"
+    """hopper/ of a checkout, or its copy."""
+    installed = PACKAGE / INSTALLED
     return installed if installed.is_dir() else PACKAGE.parent / "hopper"
 
 

@@ -17,6 +17,7 @@ import torch
 import flash_attn3.flash_attn_interface
 from flash_attn3 import FlashAttn3ValueError, export
 from flash_attn3.__main__ import main
+from flash_attn3.build import sources
 from flash_attn3.testing import bitwise_equal, make_inputs
 
 ROOT = Path(flash_attn3.__file__).parents[1]
@@ -146,6 +147,15 @@ def test_hub_copy_beside_the_package(hub: Path) -> None:
         assert hasattr(getattr(torch.ops, module.__name__), "fwd")
     for other in results[1:]:
         assert all(bitwise_equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_hub_copy_compiles_kernels_of_its_own(hub: Path) -> None:
+    copies = [load(hub / "build" / f"torch-{backend}") for backend in export.HUB_BACKENDS]
+    for module in copies:
+        own = importlib.import_module(f"{module.__name__}.build.sources").kernel_folder()
+        assert own.is_relative_to(Path(module.__file__).parent)
+        original = {path.name: path.read_bytes() for path in sources.kernel_folder().rglob("*.*")}
+        assert {path.name: path.read_bytes() for path in own.rglob("*.*")} == original
 
 
 def test_hub_metadata(hub: Path) -> None:
