@@ -30,7 +30,7 @@ def pytest_configure(config: pytest.Config) -> None:
     for tier in TIERS:
         config.addinivalue_line("markers", f"{tier}: tests/{tier} (set by the folder)")
     config.addinivalue_line("markers", "slow: minutes; left out by -m 'not slow'")
-    config.addinivalue_line("markers", "interpreted: runs under Triton's interpreter, in tests/cpu in a process of its own")
+    config.addinivalue_line("markers", "interpreted: in tests/cpu under Triton's interpreter, in a process of its own")
     config.addinivalue_line("markers", "unpoisoned: leave torch.empty as it is")
     if "triton" in (config.getoption("--backend") or ()) and not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
