@@ -76,20 +76,26 @@ class OperandReader {
 
 using RowsOfA = float[kMaxK][kWarpRows];
 
+// One piece of 8 rows; returns its number of elements.
+u32 read_rows(OperandReader& reader, u32 mn, u32 piece, PieceRows& rows) {
+    u32 count = 0;
+    for (u32 n = 0; n < 8; ++n) count = reader.k_major(mn + n, piece, rows[n]);
+    return count;
+}
+
 void read_a_from_smem(OperandReader reader, const Shape& shape, u32 warp, RowsOfA& a) {
-    float values[16];
     if (shape.a_transposed) {
         for (u32 block = 0; block < 2; ++block)
-            for (u32 k = 0; k < shape.k; ++k) {
-                reader.mn_major(2 * warp + block, k, values);
-                for (u32 e = 0; e < 8; ++e) a[k][8 * block + e] = values[e];
-            }
+            for (u32 k = 0; k < shape.k; ++k)
+                reader.mn_major(2 * warp + block, k, &a[k][8 * block]);
         return;
     }
-    for (u32 row = 0; row < kWarpRows; ++row)
+    PieceRows pieces;
+    constexpr u8 kInOrder[8] = {0, 1, 2, 3, 4, 5, 6, 7};
+    for (u32 row = 0; row < kWarpRows; row += 8)
         for (u32 piece = 0; piece < 2; ++piece) {
-            u32 count = reader.k_major(kWarpRows * warp + row, piece, values);
-            for (u32 e = 0; e < count; ++e) a[piece * count + e][row] = values[e];
+            u32 count = read_rows(reader, kWarpRows * warp + row, piece, pieces);
+            transpose_rows(pieces, kInOrder, count, &a[piece * count][row], kWarpRows);
         }
 }
 
@@ -109,22 +115,22 @@ void read_a_from_registers(Warp& w, const Instruction& i, const Shape& shape, Ro
 }
 
 void read_b(OperandReader reader, const Shape& shape, float* b) {
-    auto at = [&](u32 k, u32 n) -> float& {
-        return b[k * shape.n + n / 8 * 8 + n % 2 * 4 + n % 8 / 2];
-    };
-    float values[16];
+    constexpr u8 kEvenFirst[8] = {0, 2, 4, 6, 1, 3, 5, 7};
     if (shape.b_transposed) {
+        float values[16];
         for (u32 block = 0; block < shape.n / 8; ++block)
             for (u32 k = 0; k < shape.k; ++k) {
                 reader.mn_major(block, k, values);
-                for (u32 e = 0; e < 8; ++e) at(k, 8 * block + e) = values[e];
+                float* to = b + k * shape.n + 8 * block;
+                for (u32 e = 0; e < 8; ++e) to[e] = values[kEvenFirst[e]];
             }
         return;
     }
-    for (u32 n = 0; n < shape.n; ++n)
+    PieceRows pieces;
+    for (u32 n = 0; n < shape.n; n += 8)
         for (u32 piece = 0; piece < 2; ++piece) {
-            u32 count = reader.k_major(n, piece, values);
-            for (u32 e = 0; e < count; ++e) at(piece * count + e, n) = values[e];
+            u32 count = read_rows(reader, n, piece, pieces);
+            transpose_rows(pieces, kEvenFirst, count, b + piece * count * shape.n + n, shape.n);
         }
 }
 

@@ -28,6 +28,12 @@ struct MatrixDescriptor {
 // 16 bytes as floats; returns how many.
 u32 convert_piece(const u8* from, ElementType type, float* to);
 
+// Turns 8 rows of `count` (8 or 16) values into columns of 8: column e of `rows`, in the given
+// order of rows, goes to `to + e * stride`.
+using PieceRows = float[8][16];
+void transpose_rows(const PieceRows& rows, const u8 (&order)[8], u32 count, float* to,
+                    size_t stride);
+
 // d[i] += a * b with one rounding per k, in the order of k. d: N/2 rows of 32 lanes, in fragment
 // order; a: [k][half][lane]; b: [k][N/8][2][4], a row of 8 columns with the even ones first.
 void multiply_accumulate(float* const* d, const float (*a)[2][kWarpSize], const float* b, u32 n,

@@ -57,7 +57,9 @@ const float* fp8_table(ElementType type) {
 
 u32 convert_piece(const u8* from, ElementType type, float* to) {
     if (type == ElementType::bf16) {
-        for (u32 e = 0; e < 8; ++e) to[e] = bf16_to_float(reinterpret_cast<const u16*>(from)[e]);
+        __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+        __m256i words = _mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16);
+        _mm256_storeu_ps(to, _mm256_castsi256_ps(words));
         return 8;
     }
     if (type == ElementType::f16) {
@@ -68,6 +70,30 @@ u32 convert_piece(const u8* from, ElementType type, float* to) {
     const float* table = fp8_table(type);
     for (u32 e = 0; e < 16; ++e) to[e] = table[from[e]];
     return 16;
+}
+
+void transpose_rows(const PieceRows& rows, const u8 (&order)[8], u32 count, float* to,
+                    size_t stride) {
+    for (u32 first = 0; first < count; first += 8, to += 8 * stride) {
+        __m256 pairs[8], quads[8];  // rows 2i and 2i + 1 interleaved, then rows 4i .. 4i + 3
+        for (u32 i = 0; i < 4; ++i) {
+            __m256 even = _mm256_loadu_ps(&rows[order[2 * i]][first]);
+            __m256 odd = _mm256_loadu_ps(&rows[order[2 * i + 1]][first]);
+            pairs[2 * i] = _mm256_unpacklo_ps(even, odd);
+            pairs[2 * i + 1] = _mm256_unpackhi_ps(even, odd);
+        }
+        for (u32 i = 0; i < 2; ++i)
+            for (u32 half = 0; half < 2; ++half) {
+                __m256 low = pairs[4 * i + half], high = pairs[4 * i + 2 + half];
+                quads[4 * i + 2 * half] = _mm256_shuffle_ps(low, high, 0x44);
+                quads[4 * i + 2 * half + 1] = _mm256_shuffle_ps(low, high, 0xee);
+            }
+        for (u32 e = 0; e < 4; ++e) {
+            _mm256_storeu_ps(to + e * stride, _mm256_permute2f128_ps(quads[e], quads[4 + e], 0x20));
+            _mm256_storeu_ps(to + (4 + e) * stride,
+                             _mm256_permute2f128_ps(quads[e], quads[4 + e], 0x31));
+        }
+    }
 }
 
 namespace {
