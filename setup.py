@@ -23,12 +23,12 @@ package = types.ModuleType("flash_attn3")
 package.__path__ = [str(ROOT / "flash_attn3")]
 sys.modules["flash_attn3"] = package
 
-from flash_attn3 import env  # noqa: E402
+from flash_attn3 import env, extension  # noqa: E402
 from flash_attn3.build import PREBUILT, batch, options, sources  # noqa: E402
 from flash_attn3.variants import all_variants  # noqa: E402
 
 
-def extension() -> Extension:
+def launcher() -> Extension:
     return Extension(
         "flash_attn3._C",
         sorted(glob("csrc/*.cpp")),
@@ -47,7 +47,7 @@ class BuildExtension(build_ext):
         prebuild = env.PREBUILD.read() == "all"
         folder = Path(self.get_ext_fullpath("flash_attn3._C")).parent
         folder.mkdir(parents=True, exist_ok=True)
-        self.report = folder / "_C.missing.txt"
+        self.report = folder / extension.MISSING.name
         self.report.unlink(missing_ok=True)
         in_place = self.inplace
         super().run()
@@ -85,4 +85,4 @@ def ignored(folder: str, names: list[str]) -> list[str]:
     return [name for name in names if Path(name).suffix not in (".h", ".cuh", ".cu", "")]
 
 
-setup(ext_modules=[extension()], cmdclass={"build_ext": BuildExtension})
+setup(ext_modules=[launcher()], cmdclass={"build_ext": BuildExtension})

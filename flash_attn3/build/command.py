@@ -9,11 +9,11 @@ import sys
 
 from .. import variants
 from ..errors import ToolchainError
-from . import batch, find, obtain, toolchain
+from . import batch, find, obtain, sources, toolchain
 from .manifest import Artifact
 
 PURPOSE = "compile Hopper kernels into the user's cache, and show what the compiler says of them"
-EPILOG = "Exit code 0: all is well, 1: a kernel does not compile or fails --check, 2: unknown kernel or no compiler."
+EPILOG = "Exit code 0: all is well, 1: a kernel does not compile or fails --check, 2: unknown kernel, no compiler or no headers."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,6 +46,7 @@ def run(args: argparse.Namespace) -> int:
     if not all(map(find, chosen)):
         try:
             toolchain.find()
+            sources.include_folders()
         except ToolchainError as error:
             return _refuse(str(error))
     results = dict(batch.compile_all(chosen, args.jobs, obtain))

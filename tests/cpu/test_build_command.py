@@ -12,7 +12,7 @@ from toy import ToyVariant
 
 from flash_attn3 import __main__ as main
 from flash_attn3 import build, variants
-from flash_attn3.build import batch, manifest, nvcc, nvrtc, toolchain
+from flash_attn3.build import batch, manifest, sources, toolchain
 from flash_attn3.build.report import Report
 from flash_attn3.errors import ToolchainError
 
@@ -106,17 +106,20 @@ def test_jobs_are_a_count(jobs, capsys) -> None:
     assert stop.value.code == 2 and "-j" in capsys.readouterr().err
 
 
-def test_no_compiler_is_said_once(monkeypatch, tmp_path, capsys, compiler) -> None:
-    monkeypatch.undo()
-    Builds.use_cache(monkeypatch, tmp_path)
-    monkeypatch.setattr(variants, "all_variants", lambda: VARIANTS)
-    monkeypatch.setattr(nvcc, "candidates", lambda: [tmp_path / "nvcc"])
-    monkeypatch.setattr(nvrtc, "candidates", lambda: iter(()))
-    toolchain.find.cache_clear()
-    code, out, err = run(capsys, "--all")
-    toolchain.find.cache_clear()
-    assert (code, out) == (2, "")
-    assert err.count("no compiler for Hopper kernels; pip install 'flash_attn3[compile]'") == 1
+def test_no_compiler_is_said_once(compiler, capsys, monkeypatch) -> None:
+    def missing() -> None:
+        raise ToolchainError("flash_attn3: no compiler for Hopper kernels")
+
+    monkeypatch.setattr(toolchain, "find", missing)
+    assert run(capsys, "--all") == (2, "", "flash_attn3: no compiler for Hopper kernels\n")
+
+
+def test_no_headers_are_said_once(compiler, capsys, monkeypatch) -> None:
+    def missing() -> None:
+        raise ToolchainError("flash_attn3: no CUTLASS headers")
+
+    monkeypatch.setattr(sources, "cutlass_folder", missing)
+    assert run(capsys, "--all") == (2, "", "flash_attn3: no CUTLASS headers\n")
 
 
 def test_jobs_run_at_the_same_time(tmp_path) -> None:
