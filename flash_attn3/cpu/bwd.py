@@ -11,8 +11,7 @@ from .mask import zero_invisible_
 from .sequences import Sequence, covers_all_keys, covers_all_rows, sequences
 from .tiles import LN2, LOG2E, HeadGroup, Workspace, block_shape, is_finite, matmul, matmul_visible, row_dots
 
-KEY_BLOCK = 256  # keys whose dk and dv are one contiguous matrix for each head
-BLOCK_N = 2 * KEY_BLOCK
+BLOCK_N = 512  # keys of a tile; their dk and dv are one contiguous matrix for each head
 ACC_ELEMENTS = 1 << 22  # of dk and dv, for the heads that are processed together
 
 
@@ -76,17 +75,17 @@ class _Gradients:
         for grad, acc, factor in ((self.dk, self.acc_dk, self.p.softcap or LN2), (self.dv, self.acc_dv, 1.0)):
             if acc is None:
                 continue
-            for block, j0 in zip(acc, range(0, self.heads.seq.n_k, KEY_BLOCK), strict=True):
-                self.heads.keys(grad)[:, j0 : j0 + KEY_BLOCK] = block.mul_(factor)
+            for block, j0 in zip(acc, range(0, self.heads.seq.n_k, BLOCK_N), strict=True):
+                self.heads.keys(grad)[:, j0 : j0 + BLOCK_N] = block.mul_(factor)
         if self.dsink is not None:
             self.dsink[self.heads.heads] += self.acc_dsink
 
     def _zero_blocks(self, name: str, head_dim: int) -> list[Tensor]:
-        """(heads_kv, KEY_BLOCK, head_dim) for each block of keys."""
+        """(heads_kv, BLOCK_N, head_dim) for each block of keys."""
         num_heads_kv, n_k = self.heads.num_heads_kv, self.heads.seq.n_k
         size = num_heads_kv * head_dim
         acc = self.work.take(name, n_k * size).zero_()
-        bounds = [(j0, min(j0 + KEY_BLOCK, n_k)) for j0 in range(0, n_k, KEY_BLOCK)]
+        bounds = [(j0, min(j0 + BLOCK_N, n_k)) for j0 in range(0, n_k, BLOCK_N)]
         return [acc[j0 * size : j1 * size].view(num_heads_kv, j1 - j0, head_dim) for j0, j1 in bounds]
 
     def _row_tile(self, i0: int, i1: int) -> bool:
@@ -103,22 +102,23 @@ class _Gradients:
         if self.dq is None and self.dk is None and self.dv is None:
             return True
         acc_dq = heads.work.take("acc_dq", heads.num_heads, i1 - i0, self.p.head_dim).zero_()
+        stacked_dout, stacked_dq = stack(dout), stack(acc_dq)
+        alive_bits = None if bool(alive.all()) else alive.int().neg_()
         first, end = heads.mask.keys(i0, i1)
-        first, end = first // KEY_BLOCK * KEY_BLOCK, min(-(-end // KEY_BLOCK) * KEY_BLOCK, heads.seq.n_k)
-        for j0 in range(first, end, BLOCK_N):
-            j1 = min(j0 + BLOCK_N, end)
-            keep = self._keep(alive, i0, i1, j0, j1)
+        for block in range(first // BLOCK_N, -(-end // BLOCK_N) if first < end else 0):
+            j0, j1 = max(first, block * BLOCK_N), min(end, (block + 1) * BLOCK_N)
+            keep = self._keep(alive_bits, i0, i1, j0, j1)
             k, v = heads.key_tile(j0, j1)
             probs, tanh = self._probs(q, k, v, lse_log2, keep)
-            blocks = range(j0 // KEY_BLOCK, -(-j1 // KEY_BLOCK))
+            rows = slice(j0 - block * BLOCK_N, j1 - block * BLOCK_N)
             if self.acc_dv is not None:
-                self._add_blocks(self.acc_dv, blocks, probs, stack(dout), keep)
+                self._matmul(stack(probs), stacked_dout, keep, self.acc_dv[block][:, rows], transposed=True)
             if self.dq is None and self.acc_dk is None:
                 continue
-            dscores = self._dscores(stack(dout), v, probs, delta, tanh, keep)
-            self._matmul(stack(dscores), k, keep, stack(acc_dq))
+            dscores = stack(self._dscores(stacked_dout, v, probs, delta, tanh, keep))
+            self._matmul(dscores, k, keep, stacked_dq)
             if self.acc_dk is not None:
-                self._add_blocks(self.acc_dk, blocks, dscores, q, keep)
+                self._matmul(dscores, q, keep, self.acc_dk[block][:, rows], transposed=True)
         if self.dq is not None:
             heads.rows(self.dq)[:, i0:i1] = acc_dq.mul_(self.p.softmax_scale)
         return not self.masked or is_finite(acc_dq)
@@ -138,12 +138,12 @@ class _Gradients:
             delta = torch.where(blind, -dlse, delta)
         self.acc_dsink -= torch.where(weight == 0, 0.0, weight * delta).sum((1, 2))
 
-    def _keep(self, alive: Tensor, i0: int, i1: int, j0: int, j1: int) -> Tensor | None:
-        """The mask of a tile, without the rows whose lse is -inf; None if it hides nothing."""
-        keep = self.heads.mask.keep(i0, i1, j0, j1)
-        if not bool(alive.all()):
-            rows = alive.int().neg_()
-            keep = rows.expand(-1, -1, j1 - j0) if keep is None else rows & keep
+    def _keep(self, alive: Tensor | None, i0: int, i1: int, j0: int, j1: int) -> Tensor | None:
+        """The mask of a tile, without the rows whose bits `alive` are 0; None if it hides nothing."""
+        bits = self.heads.mask.bits(i0, i1, j0, j1)
+        keep = None if bits is None else bits[0]
+        if alive is not None:
+            keep = alive.expand(-1, -1, j1 - j0) if keep is None else alive & keep
         self.masked |= keep is not None
         return keep
 
@@ -173,18 +173,12 @@ class _Gradients:
             zero_invisible_(dscores, keep)
         return dscores
 
-    def _add_blocks(self, acc: list[Tensor], blocks: range, a: Tensor, x: Tensor, keep: Tensor | None) -> None:
-        """acc of the given blocks of keys += a^T x, a (heads, rows, keys) and x (heads_kv, group * rows, n)."""
-        columns = self.heads.stack(a).transpose(1, 2)
-        for block, part in zip(blocks, columns.split(KEY_BLOCK, 1), strict=True):
-            start = (block - blocks[0]) * KEY_BLOCK
-            hidden = None if keep is None else keep[..., start : start + KEY_BLOCK]
-            self._matmul(part, x, hidden, acc[block], transposed=True)
-
     def _matmul(self, a: Tensor, b: Tensor, keep: Tensor | None, acc: Tensor, transposed: bool = False) -> None:
-        """acc += a @ b, a of rows and keys, or `transposed`."""
-        if keep is None or not self.select:
+        """acc += a @ b, a (heads_kv, group * rows, keys), or acc += a^T @ b if `transposed`."""
+        visible = None if keep is None or not self.select else self.heads.stack_visible(keep)
+        if transposed:
+            a, visible = a.transpose(1, 2), None if visible is None else visible.transpose(1, 2)
+        if visible is None:
             matmul(a, b, acc, accumulate=True)
         else:
-            visible = self.heads.stack_visible(keep)
-            matmul_visible(a, b, visible.transpose(1, 2) if transposed else visible, acc, accumulate=True)
+            matmul_visible(a, b, visible, acc, accumulate=True)

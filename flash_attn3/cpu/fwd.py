@@ -12,6 +12,7 @@ from .sequences import covers_all_rows, sequences
 from .tiles import LN2, LOG2E, HeadGroup, Workspace, block_shape, is_finite, matmul, matmul_visible
 
 BLOCK_N = 512
+FAR = 1024.0  # a sum over a tile that no tile reaches unless some score exceeds row_max
 LOWEST = torch.finfo(torch.float32).min
 
 
@@ -69,8 +70,8 @@ class _RowTile:
 
         A value that is not finite then spoils rows that do not see it (0 * NaN), unless `select`, which is slow.
         """
-        heads, softcap = self.heads, self.heads.p.softcap
-        q, qv = heads.query_tile(self.i0, self.i1)
+        heads = self.heads
+        queries = heads.query_tile(self.i0, self.i1)
         first, end = heads.mask.keys(self.i0, self.i1)
         masked = False
         if first >= end:
@@ -78,37 +79,62 @@ class _RowTile:
         for j0 in range(first, end, BLOCK_N):
             j1 = min(j0 + BLOCK_N, end)
             k, v = heads.key_tile(j0, j1)
-            scores = heads.scores(q, qv, k, v)
-            if softcap:
-                scores.tanh_().mul_(softcap * LOG2E)
-            keep = heads.mask.keep(self.i0, self.i1, j0, j1)
-            if keep is not None:
-                hide_invisible_(scores, keep)
-            probs = self._softmax(scores, rescale=j0 > first)
-            if keep is None or not select:
+            bits = heads.mask.bits(self.i0, self.i1, j0, j1)
+            probs = self._probs(queries, k, v, bits, first_tile=j0 == first)
+            if bits is None or not select:
                 matmul(heads.stack(probs), v, heads.stack(self.acc_o), accumulate=j0 > first)
             else:
-                visible = heads.stack_visible(keep)
+                visible = heads.stack_visible(bits[0])
                 matmul_visible(heads.stack(probs), v, visible, heads.stack(self.acc_o), accumulate=j0 > first)
-            masked |= keep is not None
+            masked |= bits is not None
         self._normalise(select)
-        if masked:
-            self.acc_o.add_(0.0)  # 0 * v is -0 for v < 0; rows that see nothing are +0
         return masked
 
-    def _softmax(self, scores: Tensor, rescale: bool) -> Tensor:
-        """Scores to probabilities in place, relative to the new row_max; row_sum and acc_o follow it."""
-        row_max = scores.amax(-1, keepdim=True)
+    def _probs(
+        self,
+        queries: tuple[Tensor, Tensor | None],
+        k: Tensor,
+        v: Tensor,
+        bits: tuple[Tensor, Tensor] | None,
+        first_tile: bool,
+    ) -> Tensor:
+        """Probabilities of a tile relative to row_max; row_sum and what acc_o has so far follow.
+
+        row_max is the maximum over some tiles only: it is raised where a tile is masked, and in rows that exceed it by
+        far, which their sums tell. Whether a row does so depends on what this row sees alone.
+        """
+        scores = self._scores(queries, k, v)
+        if bits is not None:
+            hide_invisible_(scores, *bits)
         if self.max_score is not None:
-            self.max_score = torch.maximum(self.max_score, row_max)
-        row_max = torch.maximum(row_max, self.row_max)
-        probs = scores.sub_(row_max).exp2_()
-        decay = self.row_max.sub(row_max).exp2_()
+            self.max_score = torch.maximum(self.max_score, scores.amax(-1, keepdim=True))
+        steady = bits is None and not first_tile
+        if not steady:
+            self._raise_row_max(scores, rescale=not first_tile)
+        probs = scores.sub_(self.row_max).exp2_()
+        row_sum = probs.sum(-1, keepdim=True)
+        if steady and not row_sum.amax().item() <= FAR:
+            scores = self._scores(queries, k, v)
+            self._raise_row_max(scores, rows=~(row_sum <= FAR))
+            probs = scores.sub_(self.row_max).exp2_()
+            row_sum = probs.sum(-1, keepdim=True)
+        self.row_sum.add_(row_sum)
+        return probs
+
+    def _scores(self, queries: tuple[Tensor, Tensor | None], k: Tensor, v: Tensor) -> Tensor:
+        scores, softcap = self.heads.scores(*queries, k, v), self.heads.p.softcap
+        return scores.tanh_().mul_(softcap * LOG2E) if softcap else scores
+
+    def _raise_row_max(self, scores: Tensor, rows: Tensor | None = None, rescale: bool = True) -> None:
+        """To the maximum of the scores, in all or in the given rows."""
+        row_max = torch.maximum(scores.amax(-1, keepdim=True), self.row_max)
+        if rows is not None:
+            row_max = torch.where(rows, row_max, self.row_max)
+        decay = self.row_max.sub_(row_max).exp2_()
         self.row_max = row_max
-        self.row_sum = probs.sum(-1, keepdim=True).add_(self.row_sum * decay)
+        self.row_sum.mul_(decay)
         if rescale:
             self.acc_o.mul_(decay)
-        return probs
 
     def _normalise(self, select: bool) -> None:
         empty = self.row_sum == 0

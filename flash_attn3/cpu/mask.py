@@ -10,12 +10,16 @@ from ..problem import AttentionProblem
 from .sequences import Sequence
 
 NEG_INF_BITS = -(1 << 23)  # of float32 -inf
+MAX_BANDS = 16
+
+Bands = dict[tuple[int, ...], tuple[Tensor, Tensor]]  # masks of tiles, of which there are few if j - i alone counts
 
 
 class Mask:
-    """The visible keys of each row of one sequence."""
+    """The visible keys of each row of one sequence; `bands` serves all sequences of a call."""
 
-    def __init__(self, p: AttentionProblem, seq: Sequence) -> None:
+    def __init__(self, p: AttentionProblem, seq: Sequence, bands: Bands) -> None:
+        self.bands = bands
         self.n_k = seq.n_k
         self.cp_world_size, self.cp_rank = p.cp_world_size, p.cp_rank
         self.num_all = seq.cp_total  # n_k, but for context parallel
@@ -56,10 +60,23 @@ class Mask:
         num_visible = [self.end(i) - self.first(i) for i in range(i0, i1)]
         return None if min(num_visible) > 0 else torch.tensor(num_visible)[:, None] <= 0
 
-    def keep(self, i0: int, i1: int, j0: int, j1: int) -> Tensor | None:
-        """(i1 - i0, j1 - j0) int32 bit masks: all ones where row i sees key j; None where all pairs are visible."""
+    def bits(self, i0: int, i1: int, j0: int, j1: int) -> tuple[Tensor, Tensor] | None:
+        """(i1 - i0, j1 - j0) int32 bit masks: all ones where row i sees key j and 0 elsewhere; 0 and -inf elsewhere.
+
+        None where all pairs are visible.
+        """
         if self.first(i1 - 1) <= j0 and j1 <= self.end(i0):
             return None
+        if self.chunk or self.cp_world_size > 1:
+            return self._bits(i0, i1, j0, j1)
+        band = (self.left, self.right, i0 + self.diagonal - j0, i1 - i0, j1 - j0)
+        if band not in self.bands:
+            if len(self.bands) == MAX_BANDS:
+                self.bands.clear()
+            self.bands[band] = self._bits(i0, i1, j0, j1)
+        return self.bands[band]
+
+    def _bits(self, i0: int, i1: int, j0: int, j1: int) -> tuple[Tensor, Tensor]:
         rows = torch.arange(i0, i1, dtype=torch.int32)[:, None]
         keys = torch.arange(j0, j1, dtype=torch.int32)
         keep = torch.full((i1 - i0, j1 - j0), -1, dtype=torch.int32)
@@ -67,7 +84,7 @@ class Mask:
             keep &= ~((keys - limit) >> 31)  # the sign of j - limit, in every bit
         for limit in self._end(rows):
             keep &= (keys - limit) >> 31
-        return keep
+        return keep, ~keep & NEG_INF_BITS
 
 
 def zero_invisible_(x: Tensor, keep: Tensor) -> None:
@@ -75,6 +92,6 @@ def zero_invisible_(x: Tensor, keep: Tensor) -> None:
     x.view(torch.int32).bitwise_and_(keep)
 
 
-def hide_invisible_(scores: Tensor, keep: Tensor) -> None:
+def hide_invisible_(scores: Tensor, keep: Tensor, fill: Tensor) -> None:
     """scores[..., i, j] = -inf where not visible."""
-    scores.view(torch.int32).bitwise_and_(keep).bitwise_or_(~keep & NEG_INF_BITS)
+    scores.view(torch.int32).bitwise_and_(keep).bitwise_or_(fill)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import status
 from ..problem import AttentionProblem
-from .mask import Mask
+from .mask import Bands, Mask
 from .sequences import Sequence
 
 LOG2E = math.log2(math.e)
@@ -26,10 +26,11 @@ TILE_ELEMENTS = 1 << 19  # scores in a tile: 2 MiB, about what the cores' L2 cac
 
 
 class Workspace:
-    """Named fp32 scratch memory, reused from tile to tile."""
+    """What is reused from tile to tile: named fp32 scratch memory, and masks."""
 
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
+        self.bands: Bands = {}
 
     def take(self, name: str, *shape: int) -> Tensor:
         """Contiguous and uninitialised; valid until `name` is taken again."""
@@ -49,7 +50,7 @@ class HeadGroup:
 
     def __init__(self, p: AttentionProblem, seq: Sequence, head_kv0: int, head_kv1: int, work: Workspace) -> None:
         self.p, self.seq, self.work = p, seq, work
-        self.mask = Mask(p, seq)
+        self.mask = Mask(p, seq, work.bands)
         self.group = p.num_heads // p.num_heads_kv
         self.heads_kv = slice(head_kv0, head_kv1)
         self.heads = slice(head_kv0 * self.group, head_kv1 * self.group)

@@ -38,7 +38,7 @@ FEATURES = {
     "scale": {"softmax_scale": 0.3},
     "no scale": {"softmax_scale": 0.0, "causal": True},
 }
-# Row tiles end at 256, blocks of keys at 256 and 512.
+# Row tiles end at 256, blocks of keys at 512.
 SIZES = [0, 1, 2, 7, 97, 127, 255, 256, 257, 511, 512, 513]
 
 
@@ -215,6 +215,26 @@ def test_a_key_far_above_all_others_selects_its_value(dtype: torch.dtype, winner
     k[:, winner] = 50.0
     out = flash_attn_func(q, k, v)
     assert bitwise_equal(out, v[:, winner : winner + 1].expand_as(q).contiguous())
+
+
+@pytest.mark.parametrize("slope", [3.0, 40.0])
+@pytest.mark.parametrize("feature", ["full", "causal sink softcap"])
+def test_scores_that_rise_from_tile_to_tile(feature: str, slope: float) -> None:
+    """By less and by more than a row may exceed its maximum over earlier tiles."""
+    case = make_inputs("dense", dtype=torch.float32, seqlen_q=9, seqlen_k=1600, batch=1) | FEATURES[feature]
+    case["q"] = case["q"].abs()
+    case["k"] = case["k"] + torch.linspace(0, slope, 1600)[:, None, None] / 16
+    GradCheck(case).check(attend)
+
+
+def test_a_row_far_above_its_first_tile_moves_no_bit_of_others() -> None:
+    q, k, v = (values((1, n, 2, 64), torch.float32, seed=n) for n in (300, 1500, 1501))
+    changed = q.clone()
+    changed[:, 77] *= 1e4
+    out, changed_out = (flash_attn_func(x, k, v[:, :1500]) for x in (q, changed))
+    others = torch.arange(300) != 77
+    assert bitwise_equal(out[:, others], changed_out[:, others])
+    assert not bitwise_equal(out[:, 77], changed_out[:, 77])
 
 
 @pytest.mark.parametrize("seqlen", [1, 64, 1024])
