@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Backward of the Triton backend: what it serves, its tiles, its launches. Deterministic, whatever the flag says."""
+"""Backward of the Triton backend: its tiles and its launches. Deterministic, whatever the flag says."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from .layout import row_strides
 
 PREPROCESS_BLOCK_M = 64
 
+# Tiles (block_m, block_n, num_warps, num_stages) by family of GPUs and width of a row. Shared memory and spilled
+# registers are within limits that a test checks; no speed was measured.
+DKDV_TILES = {
+    "gfx": {64: (64, 64, 4, 1), 128: (32, 64, 4, 1), 256: (16, 64, 4, 1), 512: (16, 32, 4, 1)},
+    "sm_10": {64: (32, 128, 8, 2), 128: (64, 128, 8, 1), 256: (32, 64, 8, 1), 512: (16, 32, 4, 1)},
+    "sm": {64: (32, 128, 8, 2), 128: (32, 128, 8, 2), 256: (32, 64, 8, 1), 512: (16, 32, 4, 1)},
+    "interpreter": dict.fromkeys((64, 128, 256, 512), (32, 64, 4, 1)),
+}
+DQ_TILES = {
+    "gfx": {64: (128, 64, 4, 2), 128: (128, 32, 4, 1), 256: (64, 32, 4, 1), 512: (32, 32, 4, 1)},
+    "sm_90": {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (128, 32, 8, 1), 512: (32, 32, 4, 1)},
+    "sm_10": {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (128, 32, 8, 1), 512: (32, 32, 4, 1)},
+    "sm": {64: (128, 64, 8, 2), 128: (128, 32, 8, 2), 256: (64, 32, 4, 1), 512: (32, 32, 4, 1)},
+    "interpreter": dict.fromkeys((64, 128, 256, 512), (32, 64, 4, 1)),
+}
 
-def bwd_unsupported_reason(p: AttentionProblem) -> str | None:
-    """Why there is no gradient of `p`, or None."""
-    unsupported = {
-        "qv": p.qv is not None,
-        "fp8": p.k.dtype == torch.float8_e4m3fn,
-        "page_table": p.page_table is not None,
-        "a cache": p.kv_batch_idx is not None or p.leftpad_k is not None,
-        "appended keys": p.seqlen_k_new > 0 or p.cu_seqlens_k_new is not None,
-        "cp_world_size > 1": p.cp_world_size > 1,
-    }
-    return next((f"has no backward with {what}" for what, present in unsupported.items() if present), None)
 
-
-def dkdv_config(arch: str, head_dim: int) -> Config:
-    return Config(32, 64, 4, 1)
-
-
-def dq_config(arch: str, head_dim: int) -> Config:
-    return Config(32, 64, 4, 1)
+def bwd_config(tiles: dict[str, dict[int, tuple[int, int, int, int]]], arch: str, width: int) -> Config:
+    family = next(family for family in tiles if arch.startswith(family))
+    return Config(*tiles[family][max(64, width)])
 
 
 def bwd(
@@ -59,15 +59,18 @@ def bwd(
     max_seqlen_k = p.max_seqlen_k if packed_k else p.k.shape[1]
     delta = _preprocess(p, max_seqlen_q, dout, out, lse, dlse, dsink)
     inputs = _inputs(p, dout, lse, delta)
-    arch, head_dim = architecture(p.q.device).name, max(p.head_dim, p.head_dim_v)
-    if dk is not None or dv is not None:
-        config = dkdv_config(arch, head_dim)
+    arch, width = architecture(p.q.device).name, block_dim(max(p.head_dim, p.head_dim_v))
+    # Two sums of more than 128 columns are too many for the registers of a block.
+    for dk_now, dv_now in ((dk, dv),) if width <= 128 else ((dk, None), (None, dv)):
+        if dk_now is None and dv_now is None:
+            continue
+        config = bwd_config(DKDV_TILES, arch, width)
         num_blocks = -(-max_seqlen_k // config.block_n)
-        strides = (_grad_strides(dk, packed_k), _grad_strides(dv, packed_k))
+        strides = (_grad_strides(dk_now, packed_k), _grad_strides(dv_now, packed_k))
         grid = (num_blocks * p.num_heads_kv * p.batch,)
-        _launch(dkdv_kernel, grid, (dk, dv, *strides, num_blocks, *inputs), p, config)
+        _launch(dkdv_kernel, grid, (dk_now, dv_now, *strides, num_blocks, *inputs), p, config)
     if dq is not None:
-        config = dq_config(arch, head_dim)
+        config = bwd_config(DQ_TILES, arch, width)
         num_blocks = -(-max_seqlen_q // config.block_m)
         grid = (num_blocks * p.num_heads * p.batch,)
         _launch(dq_kernel, grid, (dq, _grad_strides(dq, packed_q), num_blocks, *inputs), p, config)

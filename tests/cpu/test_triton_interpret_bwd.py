@@ -81,8 +81,7 @@ def test_huge_scores(dtype: torch.dtype) -> None:
 def test_tiles(tiles: tuple[int, int], mask: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Tables for GPUs have other tiles than that of the interpreter."""
     bwd = importlib.import_module("flash_attn3.triton.bwd")
-    for table in ("dkdv_config", "dq_config"):
-        monkeypatch.setattr(bwd, table, lambda arch, head_dim: bwd.Config(*tiles, 4, 1))
+    monkeypatch.setattr(bwd, "bwd_config", lambda table, arch, width: bwd.Config(*tiles, 4, 1))
     sizes = {"num_heads": 1, "num_heads_kv": 1, "head_dim": 16, "dtype": torch.float32}
     GradCheck(make_inputs("dense", batch=1, seqlen_q=75, seqlen_k=140, **sizes) | mask).check(attend)
 
