@@ -30,7 +30,6 @@ struct Config {
     bool coverage = false;  // count executions of each PTX line
     bool check = true;      // hazards
     bool races = true;
-    bool uninitialized = false;
     bool sticky = false;
     bool quiet = false;            // messages only into the report
     u32 fp8_accumulator_bits = 0;  // 0: fp32
