@@ -13,7 +13,7 @@ from . import batch, find, obtain, sources, toolchain
 from .manifest import Artifact
 
 PURPOSE = "compile Hopper kernels into the user's cache, and show what the compiler says of them"
-EPILOG = "Exit code 0: all is well, 1: a kernel does not compile or fails --check, 2: unknown kernel, nothing to compile with."
+EPILOG = "Exit code 0: all is well, 1: a kernel does not compile or fails --check, 2: unknown kernel, or no compiler."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
