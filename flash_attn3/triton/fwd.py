@@ -236,7 +236,7 @@ def fwd_kernel(
     # or inf of V may have met the weight 0 of a row that does not see it.
     for part in tl.static_range(4):
         if part == 3:
-            spoiled = ~(tl.abs(tl.sum(tl.sum(acc_o, 1), 0)) < float("inf"))
+            spoiled = ~(tl.abs(tl.sum(acc_o)) < float("inf"))
             first_block = bounds[0]
             end_block = tl.where(spoiled, bounds[3], first_block)
             row_max = tl.where(spoiled, float("-inf"), row_max)
