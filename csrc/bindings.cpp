@@ -86,6 +86,13 @@ int num_multiprocessors(int device) {
     return count;
 }
 
+void combine_values(Kernel& kernel, const TensorView& out_partial, const TensorView& lse_partial,
+                    const TensorView& out, const TensorView& lse, Dtype out_dtype,
+                    unsigned max_grid, int device, uintptr_t stream) {
+    combine(kernel, {out_partial, lse_partial, out, lse}, out_dtype, max_grid,
+            {device, as_stream(stream)});
+}
+
 int driver_version() {
     int version = 0;
     FA3_DRIVER(cuDriverGetVersion, (&version), "asking for the driver's version");
@@ -156,6 +163,10 @@ PYBIND11_MODULE(_C, m) {
     m.def("fwd", &fwd_values, WithoutGil(),
           "Launch the forward; the arguments are those of FwdTensors and FwdOptions in csrc/ops.h, "
           "in order.");
+    m.def(
+        "combine", &combine_values, WithoutGil(),
+        "Launch the merge of splits; the arguments are those of CombineTensors in csrc/ops.h, the "
+        "type of out, the most CTAs, device and stream.");
 
     m.def("encode_tensor_map", &tensor_map_bytes, py::arg("tensor"), py::arg("type"),
           py::arg("element_bytes"), py::arg("view"), py::arg("box"), py::arg("swizzle"),

@@ -38,6 +38,15 @@ struct FwdOptions {
     unsigned grid;
 };
 
+struct CombineTensors {
+    TensorView out_partial;  // (S, b, s, h, d) fp32
+    TensorView lse_partial;  // (S, b, s, h) fp32
+    TensorView out;          // (b, s, h, d), the stride of d is 1
+    TensorView lse;          // (b, s, h) fp32
+};
+
 void fwd(Kernel& kernel, const FwdTensors& tensors, const FwdOptions& options, const Place& place);
+void combine(Kernel& kernel, const CombineTensors& tensors, Dtype out_dtype, unsigned max_grid,
+             const Place& place);
 
 }  // namespace fa3

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The `hopper` backend: CUDA kernels for compute capability 9.0, launched by the compiled module `_C`.
 
-What has no kernel of its own yet (gradients, cache writes, merges) runs on the backend that the tensors have besides:
-`triton` on a GPU, `cpu` where FLASH_ATTN3_LIBCUDA names a driver that takes CPU tensors for device memory.
+What has no kernel of its own yet (gradients, cache writes, merges of states) runs on the backend that the tensors have
+besides: `triton` on a GPU, `cpu` where FLASH_ATTN3_LIBCUDA names a driver that takes CPU tensors for device memory.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from . import build, extension, heuristics, runtime, variants
 from .build import toolchain
 from .errors import ToolchainError
 from .problem import AppendProblem, AttentionProblem
-from .variants import FwdVariant
+from .variants import Variant
 
 MAX_LENGTH = 2**30  # rows or keys of a tensor; kUnbounded in hopper/params.h
 ALIGNMENT = 16  # bytes, of addresses and strides that the copy engine takes
 MAX_STRIDE = 2**40  # bytes
+COMBINE_CTAS = 16  # of a multiprocessor at most, four rows each
 
 
 def unsupported_reason(p: AttentionProblem, needs_grad: bool) -> str | None:
@@ -114,13 +115,35 @@ def fwd(p: AttentionProblem, out: Tensor, lse: Tensor, max_logits: Tensor | None
         out.copy_(written)
 
 
+def combine(out_partial: Tensor, lse_partial: Tensor, out: Tensor, lse: Tensor) -> None:
+    """Write out (b, s, h, dv) and lse (b, s, h) from out_partial (S, b, s, h, dv) and lse_partial (S, b, s, h).
+
+    Packed rows have no b.
+    """
+    if lse.numel() == 0:
+        return
+    if out.ndim == 3:
+        out_partial, lse_partial, out, lse = out_partial[:, None], lse_partial[:, None], out[None], lse[None]
+    if _unobtainable(variants.COMBINE.name):
+        return _elsewhere(out).combine(out_partial, lse_partial, out, lse)
+    device, stream = _place(out.device)
+    _module().combine(
+        _kernel(variants.COMBINE),
+        *map(_view, (out_partial, lse_partial, out, lse)),
+        *_dtypes(out.dtype),
+        COMBINE_CTAS * _num_multiprocessors(device),
+        device,
+        stream,
+    )
+
+
 @functools.cache
 def _module() -> ModuleType:
     return extension.load()
 
 
 @functools.cache
-def _kernel(variant: FwdVariant) -> Any:
+def _kernel(variant: Variant) -> Any:
     artifact = build.artifact(variant)
     return _module().Kernel(variant.name, variant.entry, [artifact.cubin, artifact.ptx])
 
@@ -201,10 +224,6 @@ def append_kv(a: AppendProblem) -> None:
 
 def rotary_q(q: Tensor, *arguments: Any) -> None:
     _elsewhere(q).rotary_q(q, *arguments)
-
-
-def combine(out_partial: Tensor, *tensors: Tensor) -> None:
-    _elsewhere(out_partial).combine(out_partial, *tensors)
 
 
 def merge_state(out_a: Tensor, *tensors: Tensor) -> None:

@@ -78,10 +78,30 @@ class FwdVariant(Variant):
         )
 
 
+@dataclass(frozen=True)
+class CombineVariant(Variant):
+    operation = "combine"
+    config = "CombineConfig"
+
+    threads: int = 128  # a warp for each row
+
+    @property
+    def name(self) -> str:
+        return f"combine_t{self.threads}"
+
+    @property
+    def block_m(self) -> int:
+        """Rows of a CTA."""
+        return self.threads // 32
+
+
 # Keys of a tile by (head_dim, head_dim_v): as many as fit, with two stages and no spill, into 227 KB of shared memory
 # and 240 registers of a thread. One for all masks and all sizes of the query tile, which therefore move no bits.
 BLOCK_N = {(64, 64): 128, (96, 96): 128, (128, 128): 128, (192, 128): 128, (192, 192): 112, (256, 256): 80}
 SMALL_TILE = 64  # query rows, for calls that have no more of them: half the work of a tile of 128
+
+
+COMBINE = CombineVariant()
 
 
 @functools.cache
@@ -94,9 +114,10 @@ def fwd_variants() -> tuple[FwdVariant, ...]:
     )
 
 
+@functools.cache
 def all_variants() -> tuple[Variant, ...]:
     """Of every operation."""
-    return fwd_variants()
+    return (*fwd_variants(), COMBINE)
 
 
 def by_name(name: str) -> Variant | None:

@@ -31,4 +31,8 @@ struct FwdConfig {
     constexpr int panels_v() const { return (head_dim_v + kPanel - 1) / kPanel; }
 };
 
+struct CombineConfig {
+    int threads = 128;  // a warp for each row
+};
+
 }  // namespace fa3

@@ -60,4 +60,18 @@ struct FwdParams {
     int* tile_counter;  // [2] zeros, left as zeros; null: CTA i takes tiles i, i + gridDim.x, ...
 };
 
+// Merges the parts of a split: lse = log sum exp(lse_i), out = sum exp(lse_i - lse) out_i.
+struct CombineParams {
+    const float* out_partial;  // [splits, b, seqlen, h, d]
+    long long out_partial_stride[5];
+    const float* lse_partial;  // [splits, b, seqlen, h]; -inf: an empty part, whose out is not read
+    long long lse_partial_stride[4];
+    void* out;  // [b, seqlen, h, d]; the stride of d is 1
+    long long out_stride[3];
+    Dtype out_dtype;
+    float* lse;  // [b, seqlen, h]
+    long long lse_stride[3];
+    int num_splits, batch, seqlen, num_heads, head_dim;
+};
+
 }  // namespace fa3

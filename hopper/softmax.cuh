@@ -6,8 +6,6 @@
 
 namespace fa3 {
 
-constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
-
 // tanh, with which softcap bounds the scores before they are masked.
 template <int R>
 __device__ void cap(float (&scores)[R], float scale) {

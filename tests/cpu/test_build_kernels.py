@@ -17,7 +17,7 @@ from flash_attn3.errors import ToolchainError
 
 MAX_SMEM = 232448  # bytes that a block can have
 REGISTERS = 65536  # of a multiprocessor
-PARAMETERS = {"fwd": "fa3::FwdParams"}
+PARAMETERS = {"fwd": "fa3::FwdParams", "combine": "fa3::CombineParams"}
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def test_stamp(kernel) -> None:
     variant, made = kernel
     _, threads, smem_bytes, block_m = stamp(made.ptx)
     assert threads % 128 == 0 and 128 <= threads <= 1024
-    assert 0 < smem_bytes <= MAX_SMEM
+    assert 0 <= smem_bytes <= MAX_SMEM
     assert block_m == variant.block_m
 
 
