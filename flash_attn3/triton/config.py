@@ -2,7 +2,7 @@
 """Tiles, warps and stages of the forward kernel for each architecture: a table, for nothing is tuned at run time.
 
 The key tile depends on head dims and dtype alone, as bits may depend on it. The M tile follows the number of rows
-and moves no bit. Every entry compiles without spills within its architecture's shared memory; a test checks it.
+and moves no bit. `tests/cpu/test_triton_compile.py` holds entries to the shared memory and registers there are.
 """
 
 from __future__ import annotations
