@@ -11,8 +11,9 @@ from functools import partial
 from pathlib import Path
 
 import contestants
+import torch
 from gate import expect, expect_decode
-from harness import OURS, Case, Effort, Entry, Row, main, on_cpu, parser, timed
+from harness import OURS, Case, Effort, Entry, Row, Stopwatch, main, on_cpu, on_one_thread, parser, timed
 from shapes import DecodeShape, Shape, decode_inputs, inputs, lognormal_lengths
 
 WORKS = ("forward", "forward+backward")
@@ -20,20 +21,20 @@ TOKENS, HEADS = 8192, 2
 MEMORY_SEQLEN = 32768
 
 
-def attention(shape: Shape, work: str) -> Entry:
+def attention(shape: Shape, work: str, stopwatch: Stopwatch) -> Entry:
     tensors = inputs(shape, "cpu")
     implementations = [contestants.flash(shape, tensors, "cpu"), contestants.sdpa(shape)]
-    racing = [contestants.contestant(i, work, shape, tensors, on_cpu) for i in implementations]
+    racing = [contestants.contestant(i, work, shape, tensors, stopwatch) for i in implementations]
     return Entry(racing, expect(shape, tensors, work != "forward"), shape.torch_dtype)
 
 
-def paged_decode(shape: DecodeShape) -> Entry:
+def paged_decode(shape: DecodeShape, stopwatch: Stopwatch) -> Entry:
     tensors = decode_inputs(shape, "cpu")
     runs = {
         f"{OURS} cpu": contestants.flash_decode(shape, tensors, "cpu"),
         "SDPA": contestants.sdpa_decode(shape, tensors),
     }
-    racing = [contestants.decode_contestant(name, run, shape, on_cpu) for name, run in runs.items()]
+    racing = [contestants.decode_contestant(name, run, shape, stopwatch) for name, run in runs.items()]
     return Entry(racing, expect_decode(shape, tensors), shape.torch_dtype)
 
 
@@ -51,11 +52,10 @@ def memory(seqlen: int, causal: bool, effort: Effort) -> list[Row]:
     return rows
 
 
-def timed_shape(row: str, column: str, shape: Shape, work: str) -> Case:
-    return Case("cpu", f"{row}, {shape.dtype}, {work}", column, timed(partial(attention, shape, work)))
+def cases(quick: bool, stopwatch: Stopwatch = on_cpu) -> list[Case]:
+    def timed_shape(row: str, column: str, shape: Shape, work: str) -> Case:
+        return Case("cpu", f"{row}, {shape.dtype}, {work}", column, timed(partial(attention, shape, work, stopwatch)))
 
-
-def cases(quick: bool) -> list[Case]:
     lengths = (256, 512) if quick else (1024, 2048, 4096, 8192)
     tokens = 1024 if quick else TOKENS
     longest, dtypes = lengths[-1], ("fp32", "bf16")
@@ -82,9 +82,9 @@ def cases(quick: bool) -> list[Case]:
     ]
     keys = longest // 2
     decode = [
-        Case("cpu", f"paged decode B16 H16/4 D128, {dtype}, forward", f"KV {keys}", timed(partial(paged_decode, shape)))
+        Case("cpu", f"paged decode B16 H16/4 D128, {dtype}, forward", f"KV {keys}", measure)
         for dtype in dtypes
-        for shape in [DecodeShape(16, keys, 16, 4, 128, 64, dtype)]
+        for measure in [timed(partial(paged_decode, DecodeShape(16, keys, 16, 4, 128, 64, dtype), stopwatch))]
     ]
     seqlen = 2048 if quick else MEMORY_SEQLEN
     extra = [
@@ -103,5 +103,10 @@ def with_dtype(shape: Shape, dtype: str) -> Shape:
 
 
 if __name__ == "__main__":
-    args = parser(__doc__).parse_args()
-    sys.exit(main("cpu", cases(args.quick), "cpu", args))
+    p = parser(__doc__)
+    p.add_argument("--one-thread", action="store_true", help="time one thread by its CPU time: on a busy machine")
+    args = p.parse_args()
+    if args.one_thread:
+        torch.set_num_threads(1)
+        sys.exit(main("cpu", cases(args.quick, on_one_thread), "cpu", args, clock="CPU time"))
+    sys.exit(main("cpu", cases(args.quick), "cpu", args, clock="wall time"))

@@ -54,6 +54,14 @@ def on_cpu(run: Callable[[], Any], iterations: int) -> float:
     return (time.perf_counter() - start) / iterations
 
 
+def on_one_thread(run: Callable[[], Any], iterations: int) -> float:
+    """CPU time, which other processes of the machine do not lengthen; ratios of a single thread."""
+    start = time.process_time()
+    for _ in range(iterations):
+        run()
+    return (time.process_time() - start) / iterations
+
+
 def on_gpu(run: Callable[[], Any], iterations: int) -> float:
     """Back to back between two events: the time of throughput."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -205,32 +213,33 @@ def parser(description: str) -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=description)
     p.add_argument("--quick", action="store_true", help="few small shapes, short samples: does it work, not how fast")
     p.add_argument("--list", action="store_true", help="name the cases and stop")
-    p.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains TEXT")
+    p.add_argument("--only", default="", metavar="REGEX", help="cases whose name has a match of REGEX")
     p.add_argument("--seconds", type=float, default=Effort.budget, help="to spend on the rounds of one case")
     p.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="folder of the JSON file")
     return p
 
 
-def main(bench: str, cases: list[Case], device: str, args: argparse.Namespace) -> int:
-    """0; 1 if a result of ours was wrong; 2 if the device is missing."""
-    cases = [case for case in cases if args.only in case.name]
+def main(bench: str, cases: list[Case], device: str, args: argparse.Namespace, **facts: Any) -> int:
+    """0; 1 if a result of ours was wrong; 2 if the device is missing. The file names every case, measured or not."""
+    chosen = {case.name: case for case in cases if re.search(args.only, case.name)}
     if args.list:
-        print(*(case.name for case in cases), sep="\n")
+        print(*chosen, sep="\n")
         return 0
     if device == "cuda" and not torch.cuda.is_available():
         print(f"bench_{bench}: needs a CUDA GPU, and torch sees none", file=sys.stderr)
         return 2
     effort = QUICK if args.quick else Effort(budget=args.seconds)
-    report = {"bench": bench, "quick": args.quick, "started": now(), **machine.describe(device), "cases": []}
+    measured = {case.name: {"table": case.table, "row": case.row, "column": case.column, "rows": []} for case in cases}
+    report = {"bench": bench, "quick": args.quick, "started": now(), **machine.describe(device), **facts}
+    report["cases"] = list(measured.values())
     path = args.out / file_name(bench, report["device"], args.quick)
-    with tqdm(cases, unit="case") as progress:
-        for case in progress:
-            progress.set_postfix_str(case.name)
-            rows = case.measure(effort)
-            report["cases"].append({"table": case.table, "row": case.row, "column": case.column, "rows": rows})
+    with tqdm(chosen.items(), unit="case") as progress:
+        for name, case in progress:
+            progress.set_postfix_str(name)
+            measured[name]["rows"] = rows = case.measure(effort)
             tqdm.write(in_words(case, rows))
             save(path, report | {"gpu_after": machine.gpu_state() if device == "cuda" else None})
-    print(f"{path}: {len(cases)} cases")
+    print(f"{path}: {len(chosen)} cases")
     wrong = any(row["contestant"].startswith(OURS) and row["status"].startswith("wrong") for row in all_rows(report))
     return int(wrong)
 

@@ -100,7 +100,8 @@ def one_table(report: Report, cell: Callable[[Rows], str]) -> str:
 
 def caption(report: Report) -> str:
     versions = ", ".join(f"{name} {report[name]}" for name in ("driver", "torch", "triton") if report.get(name))
-    return f"{report['device']}; {versions}; commit {str(report['commit'])[:10]}; {report['started'][:10]}:"
+    device = ", ".join(filter(None, (report["device"], report.get("clock"))))
+    return f"{device}; {versions}; commit {str(report['commit'])[:10]}; {report['started'][:10]}:"
 
 
 def write(text: str, found: dict[str, list[Report]]) -> str:

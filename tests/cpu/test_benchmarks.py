@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +23,7 @@ import readme_table
 import shapes
 import torch
 from gate import expect, judge
-from harness import QUICK, Case, Entry, Local, on_cpu, timed
+from harness import QUICK, Case, Entry, Local, on_cpu, on_one_thread, timed
 from peers import Peers
 from shapes import DecodeShape, Shape, inputs
 
@@ -222,12 +223,18 @@ def test_cpu_benchmark_covers_its_sets_and_runs(tmp_path) -> None:
         "memory",
     ):
         assert any(part in name for name in names), part
-    args = argparse.Namespace(quick=True, list=False, only="", out=tmp_path, seconds=1.0)
-    chosen = [case for case in bench_cpu.cases(quick=True) if "GQA" in case.name or "paged" in case.name]
-    assert harness.main("cpu", chosen, "cpu", args) == 0
+    args = argparse.Namespace(quick=True, list=False, only="GQA|paged", out=tmp_path, seconds=1.0)
+    assert harness.main("cpu", bench_cpu.cases(quick=True), "cpu", args, clock="wall time") == 0
     (path,) = tmp_path.glob("*.json")
-    statuses = {row["status"] for row in harness.all_rows(json.loads(path.read_text()))}
-    assert statuses == {"ok"}
+    report = json.loads(path.read_text())
+    assert {row["status"] for row in harness.all_rows(report)} == {"ok"}
+    assert all(bool(case["rows"]) == ("GQA" in case["row"] or "paged" in case["row"]) for case in report["cases"])
+    table = readme_table.table("cpu", [report])
+    assert "wall time" in table and "not measured" in table
+
+
+def test_cpu_time_of_one_thread_is_not_that_of_the_clock() -> None:
+    assert on_one_thread(lambda: time.sleep(0.05), 2) < 0.02 < on_cpu(lambda: time.sleep(0.05), 2)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="how a peer fails without a GPU")
