@@ -184,6 +184,8 @@ def test_between_integers(driver: Driver, target: str, source: str) -> None:
     bits, (least, most) = int(target[1:]), limits(target)
     got = evaluate(driver, f"cvt.{target}.{source}", INTEGERS[bits], registers)
     assert [cut(x, target) for x in got.tolist()] == [cut(x, target) for x in numbers]
+    if limits(source)[0] >= least and limits(source)[1] <= most:
+        return  # nothing to saturate, and PTX wants no .sat
     got = evaluate(driver, f"cvt.sat.{target}.{source}", INTEGERS[bits], registers)
     assert [cut(x, target) for x in got.tolist()] == [max(least, min(most, x)) for x in numbers]
 
