@@ -20,7 +20,7 @@ __all__ = ["append_kv", "bwd", "combine", "fwd", "merge_state", "rotary_q", "uns
 
 def unsupported_reason(p: AttentionProblem, needs_grad: bool) -> str | None:
     """Why this backend does not serve `p`, or None."""
-    return None
+    return _bwd.unsupported_reason(p) if needs_grad else None
 
 
 def _on_its_device(fn: Callable[..., None], tensor: Callable[..., Tensor]) -> Callable[..., None]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Backward of the Triton backend: its tiles and its launches. Deterministic, whatever the flag says."""
+"""Backward of the Triton backend: what it serves, its tiles, its launches. Deterministic, whatever the flag says."""
 
 from __future__ import annotations
 
@@ -30,6 +30,20 @@ DQ_TILES = {
     "sm": {64: (128, 64, 8, 2), 128: (128, 32, 8, 2), 256: (64, 32, 4, 1), 512: (32, 32, 4, 1)},
     "interpreter": dict.fromkeys((64, 128, 256, 512), (32, 64, 4, 1)),
 }
+
+
+def unsupported_reason(p: AttentionProblem) -> str | None:
+    """Why there is no gradient of `p`, or None."""
+    inference_only = {
+        "qv": p.qv is not None,
+        "fp8": p.k.dtype == torch.float8_e4m3fn,
+        "page_table": p.page_table is not None,
+        "a cache": p.kv_batch_idx is not None or p.leftpad_k is not None,
+        "appended keys": p.seqlen_k_new > 0 or p.cu_seqlens_k_new is not None,
+        "cp_world_size > 1": p.cp_world_size > 1,
+    }
+    names = [name for name, present in inference_only.items() if present]
+    return f"has no backward with {', '.join(names)}" if names else None
 
 
 def bwd_config(tiles: dict[str, dict[int, tuple[int, int, int, int]]], arch: str, width: int) -> Config:
