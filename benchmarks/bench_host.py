@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Time of the host in one call of each public function: tiny shapes, nothing waits for the device.
 
-On the CPU the computation itself is included; the shapes leave little of it. `--profile` tells where the time goes.
+On the CPU the computation itself is included; the shapes leave little of it. `--profile` tells where the time goes,
+and `--device null` what each layer takes on the way to a Hopper kernel, without a GPU (see host_layers.py).
 """
 
 from __future__ import annotations
@@ -92,8 +93,12 @@ def profile(run: Callable[[], Any]) -> None:
 if __name__ == "__main__":
     p = parser(__doc__)
     p.add_argument("--profile", metavar="FUNCTION", help="profile this function's calls instead")
-    p.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--device", choices=("cpu", "cuda", "null"), default="cuda" if torch.cuda.is_available() else "cpu")
     args = p.parse_args()
+    if args.device == "null":
+        import host_layers  # needs g++, for the simulator
+
+        sys.exit(main("host-null", host_layers.cases(), "cpu", args))
     backends = ["cpu"] if args.device == "cpu" else contestants.backends()
     if args.profile:
         sys.exit(profile(calls(args.device, backends[0])[args.profile]))

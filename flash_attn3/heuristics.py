@@ -6,12 +6,16 @@ Nothing here moves a bit of the result, except the number of splits that `num_sp
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 from .problem import AttentionProblem
 from .variants import FwdVariant
 
 L2_BYTES = 32 * 2**20  # of 50 MB: what K and V of the heads in work may fill
+MAX_SPLITS = 128
+ENOUGH_TILES = 0.8  # for each multiprocessor: more splits would gain nothing
+NEAR_BEST = 0.85  # of the efficiency that more splits would reach
 
 
 class FwdLaunch(NamedTuple):
@@ -33,11 +37,13 @@ def fwd_launch(p: AttentionProblem, variant: FwdVariant, num_multiprocessors: in
     num_m_blocks = max(1, _m_blocks(rows, pack, variant.block_m))
     num_heads = p.num_heads // pack
     num_tiles = num_m_blocks * num_heads * p.batch
+    num_splits = p.num_splits or _num_splits(p, num_tiles, variant.block_n, num_multiprocessors)
+    num_tiles *= num_splits
     even = not packed and p.seqused_q is None and p.seqused_k is None and p.leftpad_k is None
     unmasked = p.window_left < 0 and p.window_right < 0 and p.attention_chunk == 0
     grid = min(num_tiles, max(1, num_multiprocessors - p.sm_margin))
     dynamic = num_tiles > grid and not (even and unmasked)
-    return FwdLaunch(pack, num_m_blocks, 1, _heads_per_section(p, num_heads), dynamic, grid)
+    return FwdLaunch(pack, num_m_blocks, num_splits, _heads_per_section(p, num_heads), dynamic, grid)
 
 
 def _m_blocks(rows: int, pack: int, block_m: int) -> int:
@@ -58,3 +64,25 @@ def _heads_per_section(p: AttentionProblem, num_heads: int) -> int:
     bytes_of_head = keys * (p.head_dim + p.head_dim_v) * p.k.itemsize * p.num_heads_kv // num_heads
     fitting = max(1, L2_BYTES // max(1, bytes_of_head))
     return min(num_heads, 1 << (fitting.bit_length() - 1))
+
+
+def _num_splits(p: AttentionProblem, num_tiles: int, block_n: int, num_multiprocessors: int) -> int:
+    """The choice of `num_splits=0`; with `batch_invariant` one, whatever else is in the batch."""
+    if p.batch_invariant or num_tiles >= ENOUGH_TILES * num_multiprocessors:
+        return 1
+    keys = min(p.max_seqlen_k, p.k.shape[-3])
+    if p.window_left >= 0 and p.window_right >= 0:
+        keys = min(keys, p.max_seqlen_q + p.window_left + p.window_right)
+    return _fewest_splits(num_tiles, -(-keys // block_n), num_multiprocessors)
+
+
+@functools.cache
+def _fewest_splits(num_tiles: int, num_n_blocks: int, num_multiprocessors: int) -> int:
+    """The fewest splits whose time, in key tiles that a multiprocessor takes one after the other, is near the least."""
+
+    def time(num_splits: int) -> int:
+        return -(-num_tiles * num_splits // num_multiprocessors) * -(-num_n_blocks // num_splits)
+
+    choices = range(1, min(MAX_SPLITS, max(1, num_n_blocks)) + 1)
+    least = min(map(time, choices))
+    return next(choice for choice in choices if least >= NEAR_BEST * time(choice))

@@ -37,7 +37,6 @@ def unsupported_reason(p: AttentionProblem, needs_grad: bool) -> str | None:
         "appended keys": p.seqlen_k_new > 0 or p.cu_seqlens_k_new is not None,
         "context parallel": p.cp_world_size > 1,
         "fp8": p.k.dtype.itemsize == 1,
-        "num_splits > 1": p.num_splits > 1,
         "2^30 rows or more": max(p.q.shape[-3], p.k.shape[-3]) >= MAX_LENGTH,
     }
     names = [name for name, used in missing.items() if used]
@@ -84,14 +83,21 @@ def fwd(p: AttentionProblem, out: Tensor, lse: Tensor, max_logits: Tensor | None
     variant = variants.select(p)
     device, stream = _place(p.q.device)
     launch = heuristics.fwd_launch(p, variant, _num_multiprocessors(device))
-    written = out if _takes(out) else torch.empty_like(out, memory_format=torch.contiguous_format)
+    if launch.num_splits == 1:
+        written = out if _takes(out) else torch.empty_like(out, memory_format=torch.contiguous_format)
+        written_lse = lse
+    else:
+        written = out.new_empty((launch.num_splits, *out.shape), dtype=torch.float32)
+        written_lse = lse.new_empty((launch.num_splits, *lse.shape))
+    cached = p.seqused_k is not None and p.cu_seqlens_k is None
+    q, k, v = _taken(p.q), _taken(p.k, "k_cache" if cached else None), _taken(p.v, "v_cache" if cached else None)
     _module().fwd(
         _kernel(variant),
-        _view(_taken(p.q)),
-        _view(_taken(p.k, "k_cache" if _is_cache(p) else None)),
-        _view(_taken(p.v, "v_cache" if _is_cache(p) else None)),
+        _view(q),
+        _view(k),
+        _view(v),
         _view(written),
-        _view(lse),
+        _view(written_lse),
         _view(max_logits),
         _view(p.cu_seqlens_q),
         _view(p.cu_seqlens_k),
@@ -99,7 +105,7 @@ def fwd(p: AttentionProblem, out: Tensor, lse: Tensor, max_logits: Tensor | None
         _view(p.seqused_k),
         _view(p.leftpad_k),
         _view(p.s_aux),
-        *_dtypes(p.q.dtype, out.dtype, torch.float32 if p.s_aux is None else p.s_aux.dtype),
+        *_dtypes(p.q.dtype, written.dtype, torch.float32 if p.s_aux is None else p.s_aux.dtype),
         p.softmax_scale,
         p.softcap,
         p.window_left,
@@ -111,7 +117,9 @@ def fwd(p: AttentionProblem, out: Tensor, lse: Tensor, max_logits: Tensor | None
         device,
         stream,
     )
-    if written is not out:
+    if launch.num_splits > 1:
+        combine(written, written_lse.transpose(-1, -2), out, lse.transpose(-1, -2))
+    elif written is not out:
         out.copy_(written)
 
 
@@ -172,13 +180,13 @@ def _view(x: Tensor | None) -> tuple | None:
 
 def _takes(x: Tensor) -> bool:
     """Whether kernels take `x` as it lies: its address and strides are fit for the copy engine."""
-    if x.data_ptr() % ALIGNMENT:
-        return False
-    itemsize = x.element_size()
-    for size, stride in zip(x.shape[:-1], x.stride(), strict=False):
-        if size > 1 and (stride * itemsize % ALIGNMENT or stride * itemsize >= MAX_STRIDE):
-            return False
-    return True
+    return x.data_ptr() % ALIGNMENT == 0 and _fit(x.shape, x.stride(), x.element_size())
+
+
+@functools.lru_cache(1024)
+def _fit(sizes: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> bool:
+    steps = [stride * itemsize for size, stride in zip(sizes[:-1], strides, strict=False) if size > 1]
+    return all(step % ALIGNMENT == 0 and step < MAX_STRIDE for step in steps)
 
 
 def _taken(x: Tensor, cache: str | None = None) -> Tensor:
@@ -188,10 +196,6 @@ def _taken(x: Tensor, cache: str | None = None) -> Tensor:
     if cache is not None:
         _warn_copied(cache)
     return x.clone(memory_format=torch.contiguous_format)
-
-
-def _is_cache(p: AttentionProblem) -> bool:
-    return p.seqused_k is not None and p.cu_seqlens_k is None
 
 
 @functools.cache

@@ -14,7 +14,8 @@ from flash_attn3.variants import FwdVariant
 
 BACKEND = "hopper"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-VARIANTS = [variant.name for variant in variants.fwd_variants()]
+VARIANTS = {variant.name: variant for variant in variants.fwd_variants()}
+SHAPES = {f"{v.dtype}_d{v.head_dim}_v{v.head_dim_v}": v for v in VARIANTS.values()}  # what cases differ in
 MASKS = {
     "full": {},
     "causal": {"causal": True},
@@ -42,11 +43,15 @@ def named(choice: dict[str, Any]) -> str:
     return "-".join(str(value).replace(" ", "") for value in choice.values())
 
 
-def inputs(variant: str, layout: str = "dense", narrower: int = 0, **sizes: Any) -> dict[str, Any]:
-    """A case whose kernel is `variant`, with head dims smaller than its own by `narrower`."""
-    shape: FwdVariant = variants.by_name(variant)
-    dims = {"head_dim": shape.head_dim - narrower, "head_dim_v": shape.head_dim_v - narrower}
-    return make_inputs(layout, dtype=DTYPES[shape.dtype], **dims | sizes)
+def inputs(shape: str, layout: str = "dense", narrower: int = 0, **sizes: Any) -> dict[str, Any]:
+    """A case for the kernels of `shape`, with head dims smaller than theirs by `narrower`."""
+    variant: FwdVariant = SHAPES[shape]
+    dims = {"head_dim": variant.head_dim - narrower, "head_dim_v": variant.head_dim_v - narrower}
+    return make_inputs(layout, dtype=DTYPES[variant.dtype], **dims | sizes)
+
+
+def shape_of(variant: FwdVariant) -> str:
+    return next(name for name in SHAPES if variant.name.startswith(f"fwd_{name}_"))
 
 
 def attend(case: dict[str, Any], **options: Any) -> tuple[Tensor, ...]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from flash_attn3 import extension, hopper, runtime
 from flash_attn3.build import sources, toolchain
 from flash_attn3.errors import ToolchainError
+from flash_attn3.variants import FwdVariant
 from tests import hopper_sim
 
 FOLDER = Path(__file__).parent
@@ -84,6 +85,20 @@ def simulator(simulated_driver: hopper_sim.Driver, monkeypatch: pytest.MonkeyPat
     driver.reset()
     warnings = [warning for launch in report["launches"] for warning in launch["warnings"]]
     assert not warnings, warnings[0]
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the kernels that calls launch."""
+    names: list[str] = []
+    kernel = hopper._kernel
+
+    def noted(variant: FwdVariant):
+        names.append(variant.name)
+        return kernel(variant)
+
+    monkeypatch.setattr(hopper, "_kernel", noted)
+    return names
 
 
 def extent(x: Tensor) -> int:

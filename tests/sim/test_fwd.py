@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import MASKS, POLICIES, VARIANTS, check, inputs, named
+from cases import MASKS, POLICIES, SHAPES, check, inputs, named
 
 from flash_attn3.testing import pairwise
 
@@ -15,7 +15,7 @@ AXES = {
     "policy": POLICIES,
     "seqlens": [(1, 1), (1, 300), (33, 65), (128, 128), (257, 130), (97, 511), (64, 384), (300, 40)],
     "mask": list(MASKS),
-    "variant": VARIANTS,
+    "shape": list(SHAPES),
     "heads": [(2, 2), (4, 2), (6, 1), (3, 1)],
     "score": [{}, {"softcap": 15.0}, {"softmax_scale": 0.3}, {"softmax_scale": 0.0}],
     "layout": ["dense", "varlen", "padded"],
@@ -34,7 +34,7 @@ def test_features(choice: dict[str, Any], simulator) -> None:
     sizes = {"seqlen_q": seqlen_q, "seqlen_k": seqlen_k, "num_heads": num_heads, "num_heads_kv": num_heads_kv}
     sizes |= {name: choice[name] for name in ("narrower", "sink", "strided")}
     sizes["batch"] = 16 if seqlen_q == 1 else 2  # the bounds are those of many elements
-    case = inputs(choice["variant"], choice["layout"], **sizes) | MASKS[choice["mask"]] | choice["score"]
+    case = inputs(choice["shape"], choice["layout"], **sizes) | MASKS[choice["mask"]] | choice["score"]
     simulator.configure(choice["policy"])
     check(case, pack_gqa=choice["pack_gqa"])
 
@@ -45,31 +45,49 @@ def test_sizes(seqlen_q: int, causal: bool, simulator) -> None:
     """Around the tile sizes; every pair of neighbours occurs in one of the two masks."""
     at = EDGES.index(seqlen_q)
     for seqlen_k in {EDGES[at], EDGES[at - 1], EDGES[-1 - at]}:
-        case = inputs(VARIANTS[at % len(VARIANTS)], seqlen_q=seqlen_q, seqlen_k=seqlen_k, batch=1, num_heads=2)
+        case = inputs(list(SHAPES)[at % len(SHAPES)], seqlen_q=seqlen_q, seqlen_k=seqlen_k, batch=1, num_heads=2)
         check(case | {"causal": causal})
 
 
 @pytest.mark.parametrize("layout", ["dense", "varlen", "padded"])
 def test_max_logits(layout: str, simulator) -> None:
-    case = inputs(VARIANTS[0], layout, batch=3, seqlen_q=140, seqlen_k=150) | {"causal": True, "softcap": 5.0}
+    case = inputs("bf16_d64_v64", layout, batch=3, seqlen_q=140, seqlen_k=150) | {"causal": True, "softcap": 5.0}
     check(case, return_max_logits=True)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_long_rows(variant: str, simulator) -> None:
+@pytest.mark.parametrize("shape", SHAPES)
+def test_long_rows(shape: str, simulator) -> None:
     """More tiles than CTAs, and more keys than stages."""
     simulator.configure("sms=2")
-    case = inputs(variant, batch=1, seqlen_q=520, seqlen_k=900, num_heads=2, num_heads_kv=1)
+    case = inputs(shape, batch=1, seqlen_q=520, seqlen_k=900, num_heads=2, num_heads_kv=1)
     check(case | {"causal": True})
 
 
+@pytest.mark.parametrize("layout", ["dense", "varlen", "padded"])
+@pytest.mark.parametrize("mask", ["full", "causal", "window", "chunk"])
+def test_splits(mask: str, layout: str, simulator) -> None:
+    """More splits than key tiles, too; the sink counts once."""
+    case = inputs("bf16_d128_v128", layout, seqlen_q=150, seqlen_k=600, num_heads=4, sink=True) | MASKS[mask]
+    for num_splits in (0, 2, 3, 7):
+        check(case, num_splits=num_splits, return_max_logits=True)
+
+
+@pytest.mark.parametrize("num_splits", [0, 1, 5])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_decode(shape: str, num_splits: int, simulator) -> None:
+    """A query of each sequence over a cache with left padding."""
+    case = inputs(shape, "cache", batch=12, seqlen_q=1, seqlen_k=700, num_heads=8, least_k=10)
+    rows = case.pop("kv_batch_idx").long()
+    check(case | {"k": case["k"][rows], "v": case["v"][rows]}, num_splits=num_splits)
+
+
 @pytest.mark.parametrize("distribution", ["paper", "huge", "constant"])
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_distributions(variant: str, distribution: str, simulator) -> None:
-    case = inputs(variant, seqlen_q=70, seqlen_k=200, distribution=distribution)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_distributions(shape: str, distribution: str, simulator) -> None:
+    case = inputs(shape, seqlen_q=70, seqlen_k=200, distribution=distribution)
     check(case)
 
 
 def test_results_of_huge_sinks(simulator) -> None:
-    case = inputs(VARIANTS[0], num_heads=4) | {"s_aux": torch.tensor([-torch.inf, 3e4, -3e4, 90.0])}
+    case = inputs("bf16_d64_v64", num_heads=4) | {"s_aux": torch.tensor([-torch.inf, 3e4, -3e4, 90.0])}
     check(case)
