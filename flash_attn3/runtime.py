@@ -18,6 +18,9 @@ from .errors import FlashAttn3ValueError, UnsupportedError, message
 from .problem import AttentionProblem
 
 
+MIN_TRITON = (3, 3)  # the first whose kernels take tuples
+
+
 @dataclass(frozen=True)
 class Choice:
     """The backend of a call, and one line for each backend that was not taken."""
@@ -61,9 +64,11 @@ def _missing_cpu(device_type: str, device_index: int | None) -> str | None:
 
 def _missing_triton(device_type: str, device_index: int | None) -> str | None:
     try:
-        import triton  # noqa: F401
+        import triton
     except ImportError as error:
         return f"triton cannot be imported ({error}); pip install 'flash_attn3[triton]'"
+    if tuple(map(int, triton.__version__.split(".")[:2])) < MIN_TRITON:
+        return f"triton {triton.__version__} is too old; needs {'.'.join(map(str, MIN_TRITON))}"
     if device_type == "cpu" and not env.triton_interpret():
         return "serves CPU tensors only under TRITON_INTERPRET=1"
     return None if device_type in ("cuda", "cpu", "meta") else f"does not serve {device_type} tensors"

@@ -84,3 +84,10 @@ def test_warmup_runs_forward_and_backward_and_leaves_nothing(launches: list[str]
     flash_attn3.warmup(flash_attn_with_kvcache, **step)
     assert launches[2:] == ["append_kv", "fwd"]
     assert all(bitwise_equal(step[name], x) for name, x in before.items())
+
+
+def test_an_old_triton_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    import triton
+
+    monkeypatch.setattr(triton, "__version__", "3.2.0")
+    assert runtime._missing_triton("cuda", 0) == "triton 3.2.0 is too old; needs 3.3"
