@@ -17,7 +17,6 @@ from . import env, extension
 from .errors import FlashAttn3ValueError, UnsupportedError, message
 from .problem import AttentionProblem
 
-
 MIN_TRITON = (3, 3)  # the first whose kernels take tuples
 
 
