@@ -43,8 +43,7 @@ def why(fn: Callable, *args: Any, **kwargs: Any) -> Explanation:
         fake_args, fake_kwargs = tree_map_only(Tensor, lambda x: _faked(mode, x), (args, kwargs))
         fn(*fake_args, **fake_kwargs)
     choice = choices[-1]
-    kernel = f"flash_attn3.{choice.backend}.{'fwd'}"
-    return Explanation(getattr(fn, "__name__", str(fn)), choice.backend, kernel, choice.reasons)
+    return Explanation(getattr(fn, "__name__", str(fn)), choice.backend, choice.kernel, choice.reasons)
 
 
 def _faked(mode: FakeTensorMode, x: Tensor) -> Tensor:

@@ -68,6 +68,11 @@ def _no_binary(name: str) -> str | None:
     return None
 
 
+def kernel_name(p: AttentionProblem) -> str:
+    """What computes the forward of `p`, for people."""
+    return variants.select(p).name
+
+
 # Forward
 
 

@@ -8,7 +8,7 @@ import functools
 import importlib
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 
 import torch
@@ -26,6 +26,7 @@ class Choice:
 
     backend: str
     reasons: tuple[str, ...]
+    kernel: str = ""  # where choices are recorded
 
 
 _loaded: dict[str, ModuleType] = {}
@@ -122,7 +123,7 @@ def choose(fn: str, p: AttentionProblem, requested: str | None, needs_grad: bool
         if why_not is None:
             if reasons and _is_hopper(p.q.device):
                 _warn_fallback(name, reasons[0])
-            return _record(Choice(name, tuple(reasons)))
+            return _record(Choice(name, tuple(reasons)), p)
         reasons.append(f"{name}: {why_not}")
     device = p.q.device
     raise UnsupportedError(
@@ -158,9 +159,9 @@ def recorded_choices() -> Iterator[list[Choice]]:
         _recorder = before
 
 
-def _record(choice: Choice) -> Choice:
+def _record(choice: Choice, p: AttentionProblem) -> Choice:
     if _recorder is not None:
-        _recorder.append(choice)
+        _recorder.append(replace(choice, kernel=backend(choice.backend).kernel_name(p)))
     return choice
 
 

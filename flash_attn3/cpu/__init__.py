@@ -9,7 +9,7 @@ from .bwd import bwd
 from .fwd import fwd
 from .merge import combine, merge_state
 
-__all__ = ["append_kv", "bwd", "combine", "fwd", "merge_state", "rotary_q", "unsupported_reason"]
+__all__ = ["append_kv", "bwd", "combine", "fwd", "kernel_name", "merge_state", "rotary_q", "unsupported_reason"]
 
 
 def unsupported_reason(p: AttentionProblem, needs_grad: bool) -> str | None:
@@ -27,3 +27,8 @@ def unsupported_reason(p: AttentionProblem, needs_grad: bool) -> str | None:
     }
     names = [name for name, used in inference_only.items() if used]
     return f"has no gradient with {', '.join(names)}" if names else None
+
+
+def kernel_name(p: AttentionProblem) -> str:
+    """What computes the forward of `p`, for people."""
+    return "torch ops, in blocks"

@@ -15,7 +15,7 @@ from . import cache as _cache
 from . import combine as _combine
 from . import fwd as _fwd
 
-__all__ = ["append_kv", "bwd", "combine", "fwd", "merge_state", "rotary_q", "unsupported_reason"]
+__all__ = ["append_kv", "bwd", "combine", "fwd", "kernel_name", "merge_state", "rotary_q", "unsupported_reason"]
 
 
 def unsupported_reason(p: AttentionProblem, needs_grad: bool) -> str | None:
@@ -44,3 +44,8 @@ append_kv = _on_its_device(_cache.append_kv, lambda a: a.k_cache)
 rotary_q = _on_its_device(_cache.rotary_q, lambda q: q)
 combine = _on_its_device(_combine.combine, lambda out_partial: out_partial)
 merge_state = _on_its_device(_combine.merge_state, lambda out_a: out_a)
+
+
+def kernel_name(p: AttentionProblem) -> str:
+    """What computes the forward of `p`, for people."""
+    return "flash_attn3.triton.fwd"

@@ -91,3 +91,11 @@ def test_an_old_triton_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(triton, "__version__", "3.2.0")
     assert runtime._missing_triton("cuda", 0) == "triton 3.2.0 is too old; needs 3.3"
+
+
+def test_why_names_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    q = torch.randn(2, 8, 4, 64, device="meta", dtype=torch.float16)
+    monkeypatch.setattr(runtime, "_missing", lambda *_: None)
+    found = why(flash_attn_func, q, q, q, backend="hopper")
+    assert str(found) == f"flash_attn_func runs on the hopper backend ({found.kernel})."
+    assert found.kernel.startswith("fwd_fp16_d64_v64_")
