@@ -109,7 +109,8 @@ def wheel(checkout, tmp_path_factory) -> Path:
     A warning of the host's compiler would cost the extension.
     """
     folder = tmp_path_factory.mktemp("wheel")
-    environment = {"FLASH_ATTN3_PREBUILD": "all", "CUTLASS_PATH": str(sources.cutlass_folder()), "CFLAGS": "-Werror"}
+    environment = {"FLASH_ATTN3_PREBUILD": "all", "CUTLASS_PATH": str(sources.cutlass_folder())}
+    environment |= dict.fromkeys(("CFLAGS", "CXXFLAGS"), "-Werror")  # which one counts, depends on setuptools
     run(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", folder, checkout, **environment)
     (made,) = folder.iterdir()
     return made
