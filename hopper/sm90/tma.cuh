@@ -25,11 +25,6 @@ __device__ inline void load(const CUtensorMap& map, Mbarrier& full, CacheHint hi
                                  static_cast<uint64_t>(hint), to, c0, c1, c2, c3, c4);
 }
 
-// PTX ISA, prefetch.tensormap
-__device__ inline void prefetch(const CUtensorMap& map) {
-    cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(&map));
-}
-
 // PTX ISA, fence.proxy.async: this thread's writes to shared memory come before reads by wgmma and
 // the copy engine that are ordered behind the fence.
 __device__ inline void fence_async_proxy() { cute::tma_store_fence(); }
