@@ -130,11 +130,12 @@ class _RowTile:
         row_max = torch.maximum(scores.amax(-1, keepdim=True), self.row_max)
         if rows is not None:
             row_max = torch.where(rows, row_max, self.row_max)
-        decay = self.row_max.sub_(row_max).exp2_()
-        self.row_max = row_max
-        self.row_sum.mul_(decay)
+        if rescale or self.sink is not None:
+            decay = self.row_max.sub_(row_max).exp2_()
+            self.row_sum.mul_(decay)
         if rescale:
             self.acc_o.mul_(decay)
+        self.row_max = row_max
 
     def _normalise(self, select: bool) -> None:
         empty = self.row_sum == 0

@@ -30,15 +30,20 @@ class Workspace:
 
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
+        self._views: dict[str, dict[tuple[int, ...], Tensor]] = {}  # of the buffers, by shape
         self.bands: Bands = {}
 
     def take(self, name: str, *shape: int) -> Tensor:
         """Contiguous and uninitialised; valid until `name` is taken again."""
-        size = math.prod(shape)
-        buffer = self._buffers.get(name)
-        if buffer is None or buffer.numel() < size:
-            buffer = self._buffers[name] = torch.empty(size, dtype=torch.float32)
-        return buffer[:size].view(shape)
+        views = self._views.setdefault(name, {})
+        if shape not in views:
+            size = math.prod(shape)
+            buffer = self._buffers.get(name)
+            if buffer is None or buffer.numel() < size:
+                buffer = self._buffers[name] = torch.empty(size, dtype=torch.float32)
+                views.clear()
+            views[shape] = buffer[:size].view(shape)
+        return views[shape]
 
 
 class HeadGroup:
@@ -102,10 +107,10 @@ class HeadGroup:
         return k, self._dequantised("v", self.v, self.p.v_descale, j0, j1)
 
     def _dequantised(self, name: str, rows: Tensor | _PagedRows, descale: Tensor | None, j0: int, j1: int) -> Tensor:
-        x = rows[j0:j1].transpose(0, 1)
-        if x.dtype == torch.float32 and x.stride(1) >= x.shape[2]:
-            return x
-        x = self.work.take(name, *x.shape).copy_(x)
+        x = rows[j0:j1]
+        if x.dtype == torch.float32 and x.stride(0) >= x.shape[2]:
+            return x.transpose(0, 1)
+        x = self.work.take(name, *x.shape).copy_(x).transpose(0, 1)
         if descale is not None:
             first = self.seq.left_padding
             x.mul_(_descale(descale[self.seq.index], self.heads_kv, 1, first + j0, first + j1))
