@@ -60,12 +60,17 @@ def versus(figure: str, form: str) -> Callable[[Rows], str]:
 
 
 def faster(rows: Rows) -> str:
-    """How many times faster than the peer; for memory, MiB of both."""
+    """How many times faster than the peer, or that the peer has no figure; for memory, MiB of both."""
     extra = [best(rows, "mib", ours) for ours in (True, False)]
     if None not in extra:
         return "{:.0f} MiB, SDPA {:.0f} MiB".format(*extra)
     ours, theirs = best(rows, "ms", ours=True), best(rows, "ms", ours=False)
-    return f"{theirs / ours:.2f}" if ours and theirs else NOT_MEASURED
+    if ours is None:
+        return NOT_MEASURED
+    if theirs is None:
+        refused = [f"{row['contestant']}: {row['status'].split(':')[0]}" for row in rows if row["status"] != "ok"]
+        return f"{ours:.0f} ms ({', '.join(refused) or 'no peer'})"
+    return f"{theirs / ours:.2f}"
 
 
 def microseconds(rows: Rows) -> str:
@@ -101,7 +106,9 @@ def one_table(report: Report, cell: Callable[[Rows], str]) -> str:
 def caption(report: Report) -> str:
     versions = ", ".join(f"{name} {report[name]}" for name in ("driver", "torch", "triton") if report.get(name))
     device = ", ".join(filter(None, (report["device"], report.get("clock"))))
-    return f"{device}; {versions}; commit {str(report['commit'])[:10]}; {report['started'][:10]}:"
+    commit = str(report["commit"])
+    commit = commit[:10] + commit[40:]  # what follows the hash says that code differed from it
+    return f"{device}; {versions}; commit {commit}; {report['started'][:10]}:"
 
 
 def write(text: str, found: dict[str, list[Report]]) -> str:

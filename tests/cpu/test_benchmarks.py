@@ -176,6 +176,13 @@ def test_table_of_a_case_nobody_of_ours_ran() -> None:
     assert "| D64 | not measured |" in readme_table.table("cpu", [report_of("cpu", SDPA=200.0)])
 
 
+def test_table_of_a_case_whose_peer_was_wrong() -> None:
+    report = report_of("cpu", flash_attn3=0.25)
+    assert "| D64 | 4 ms (no peer) |" in readme_table.table("cpu", [report])
+    report["cases"][0]["rows"].append({"contestant": "SDPA", "status": "wrong: dk has RMSE 1"})
+    assert "| D64 | 4 ms (SDPA: wrong) |" in readme_table.table("cpu", [report])
+
+
 def test_quick_runs_enter_no_table(tmp_path: Path) -> None:
     for name, quick in (("a", True), ("b", False)):
         (tmp_path / f"{name}.json").write_text(json.dumps(report_of("fwd") | {"quick": quick}))
