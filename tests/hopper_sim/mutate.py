@@ -2,8 +2,8 @@
 """Mutation testing: change one synchronisation of a kernel at a time, and see whether the simulator notices.
 
 `mutants()` lists the changes of a PTX text, `policies()` the schedules that a kernel is run under, and `survey()` runs
-every mutant until one schedule ends in an alarm, a hang or a wrong result. Those that survive have to stand, with the
-reason, in mutants/KERNEL.txt.
+every mutant until one schedule ends in an alarm, a hang or a wrong result. A warning is an alarm too: the kernel itself
+should give none. Those that survive have to stand, with the reason, in mutants/KERNEL.txt.
 """
 
 from __future__ import annotations
@@ -180,9 +180,13 @@ def alarm(driver: Driver, run: Run, policy: str) -> str | None:
     driver.reset()
     driver.configure(policy)
     try:
-        return None if run() else "wrong result"
+        right = run()
     except RuntimeError as error:
         return str(error).splitlines()[0]
+    warnings = [warning for launch in driver.report()["launches"] for warning in launch["warnings"]]
+    if right and warnings:
+        return f"warning {warnings[0]['kind']}: {warnings[0]['message']}"
+    return None if right else "wrong result"
 
 
 def survey(driver: Driver, prepare: Prepare, changed: Iterable[Mutant], schedules: list[str]) -> Survey:

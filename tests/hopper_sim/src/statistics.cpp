@@ -44,8 +44,11 @@ RoleStatistics& Statistics::role(u32 warp) {
 
 void Statistics::note_read(u64 address, u64 bytes) {
     for (u64 at = address; at < address + bytes;) {
-        u64 end = std::min(address + bytes, (at / kLineBytes + 1) * kLineBytes);
-        if (!lines_read.insert(at / kLineBytes).second) tma_bytes_again += end - at;
+        u64 end = std::min(address + bytes, (at / kPieceBytes + 1) * kPieceBytes);
+        u8& pieces = pieces_read[at / kLineBytes];
+        u8 piece = static_cast<u8>(1u << at % kLineBytes / kPieceBytes);
+        if (pieces & piece) tma_bytes_again += end - at;
+        pieces |= piece;
         at = end;
     }
 }

@@ -6,7 +6,7 @@
 
 #include <map>
 #include <string>
-#include <unordered_set>
+#include <unordered_map>
 #include <vector>
 
 #include "base.h"
@@ -28,7 +28,7 @@ struct Statistics {
     u64 wgmma = 0;  // per warp
     u64 macs = 0;
     u64 tma_bytes_in = 0, tma_bytes_out = 0, multicast_bytes = 0;
-    u64 tma_bytes_again = 0;  // of those in: 128-byte lines that some copy had read before
+    u64 tma_bytes_again = 0;  // of those in: what some copy had read before
     u64 barrier_waits = 0;    // times a warp had to wait at a barrier of any kind
     u64 bank_conflicts = 0;
     u64 ticks = 0;                           // the longest block
@@ -37,7 +37,8 @@ struct Statistics {
     std::map<u32, u64> blocked;              // PTX line -> times a warp had to wait there
     std::map<u32, u64> bank_conflict_lines;  // PTX line -> extra phases
     std::map<u32, u64> coverage;             // PTX line -> executions by a warp, if asked for
-    std::unordered_set<u64> lines_read;      // of global memory, by copies
+    std::unordered_map<u64, u8>
+        pieces_read;  // line of global memory -> its pieces that copies read
 
     RoleStatistics& role(u32 warp);
     void note_read(u64 address, u64 bytes);
