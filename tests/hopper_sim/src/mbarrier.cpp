@@ -105,6 +105,8 @@ Step arrive(Warp& w, const Instruction& i, u32 mask) {
         u64 place = shared_address(i, address);
         check_init(w, i, barrier, place & kOffsetMask, place >> kRankShift != w.cta->rank);
         note_remote(w, i, *w.cta->cluster->ctas[place >> kRankShift]);
+        if (i.has_dst && place >> kRankShift != w.cta->rank)
+            fail(kLaunchFailed, w, i, "an mbarrier of another block gives no state");
         if (i.has_dst) w.reg<u64>(i.dst)[lane] = barrier.phase;
         u32 operand = i.option ? w.reg<u32>(i.a)[lane] : 1;
         if (i.variant == kArriveExpect || i.variant == kExpectOnly) expect(w, i, barrier, operand);
@@ -137,7 +139,10 @@ Step wait(Warp& w, const Instruction& i, u32 mask) {
     each_set_lane(mask, [&](u32 lane) {
         u64 address = lane_address(w, i, lane);
         Mbarrier& barrier = mbarrier_at(w, i, address);
-        check_init(w, i, barrier, shared_address(i, address) & kOffsetMask, false);
+        u64 place = shared_address(i, address);
+        if (place >> kRankShift != w.cta->rank)
+            fail(kLaunchFailed, w, i, "a wait for an mbarrier of another block");
+        check_init(w, i, barrier, place & kOffsetMask, false);
         bool by_parity = i.option;
         bool over = by_parity ? (barrier.phase & 1) != (w.reg<u32>(i.a)[lane] & 1)
                               : barrier.phase != w.reg<u64>(i.a)[lane];

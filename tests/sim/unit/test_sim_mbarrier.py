@@ -221,6 +221,29 @@ def test_misuse(driver: Driver, body: str, message: str) -> None:
         run(driver, begin + body)
 
 
+@pytest.mark.parametrize("opcode,message", [
+    ("mbarrier.try_wait.parity.shared::cta.b64 %p2, [%r2], 1;", "a wait for an mbarrier of another block"),
+    ("mbarrier.arrive.shared::cta.b64 %d1, [%r2];", "an mbarrier of another block gives no state"),
+])  # fmt: skip
+def test_only_arrivals_without_state_are_remote(driver: Driver, opcode: str, message: str) -> None:
+    body = f"""
+    .shared .align 8 .b64 bar;
+    .reg .b32 %bar;
+    mov.u32 %bar, bar;
+    setp.eq.u32 %p0, %t, 0;
+    @%p0 mbarrier.init.shared::cta.b64 [%bar], 1;
+    @%p0 fence.mbarrier_init.release.cluster;
+    barrier.cluster.arrive.aligned;
+    barrier.cluster.wait.aligned;
+    mov.u32 %r1, %cluster_ctarank;
+    xor.b32 %r1, %r1, 1;
+    mapa.shared::cluster.u32 %r2, %bar, %r1;
+    @%p0 {opcode}
+    """
+    with pytest.raises(DriverError, match=message):
+        run(driver, body, grid=2, cluster=2)
+
+
 def test_a_phase_that_never_completes_is_a_deadlock(driver: Driver) -> None:
     body = (
         INIT.format(count=2)
