@@ -78,6 +78,7 @@ struct TileSource {
     __device__ void leave(const FwdParams& p) const {
         __threadfence();
         if (atomicAdd(p.tile_counter + 1, 1) == gridDim.x - 1) {
+            __threadfence();  // the zeros stay behind what other CTAs drew
             p.tile_counter[0] = 0;
             p.tile_counter[1] = 0;
         }

@@ -35,7 +35,8 @@ Footprint& unfinished_grids() {
     return footprint;
 }
 
-GlobalOrder::GlobalOrder(bool programmatic) : programmatic_(programmatic) {}
+GlobalOrder::GlobalOrder(bool programmatic, bool races)
+    : programmatic_(programmatic), races_(races) {}
 
 // Calls visit(line, piece of the line, mask of its bytes).
 template <class Visit>
@@ -51,6 +52,7 @@ void GlobalOrder::each_piece(u64 address, u64 bytes, Visit visit) {
 
 void GlobalOrder::check_order(Warp& w, const Instruction& i, const Write& write, u16 bytes,
                               const char* verb) {
+    if (!races_) return;
     const BlockOrder& block = w.cta->global;
     if (!(write.bytes & bytes) || write.agent / 2 == block.number) return;
     if (lookup(block.seen, write.agent) >= write.epoch) return;

@@ -35,7 +35,7 @@ struct BlockOrder {
 
 class GlobalOrder {
   public:
-    explicit GlobalOrder(bool programmatic);
+    GlobalOrder(bool programmatic, bool races);
     void read(Warp& w, const Instruction& i, u64 address, u64 bytes);
     void write(Warp& w, const Instruction& i, u64 address, u64 bytes);
     // Pieces written by a bulk store, which others may see once the thread has waited for it.
@@ -63,7 +63,7 @@ class GlobalOrder {
                      const char* verb);
     void check_dependency(Warp& w, const Instruction& i, u64 line, u8 piece, bool writes);
 
-    bool programmatic_;
+    bool programmatic_, races_;
     bool somebody_waits_ = false;
     Footprint own_;
     std::unordered_map<u64, Line> written_;

@@ -312,7 +312,7 @@ void launch(const Kernel& kernel, const LaunchShape& shape, const u8* parameters
     grid.smem_names = smem_names;
     grid.report = &report;
     grid.random.seed(config.seed);
-    if (config.check) grid.global = std::make_unique<GlobalOrder>(shape.programmatic);
+    if (config.check) grid.global = std::make_unique<GlobalOrder>(shape.programmatic, config.races);
     if (config.coverage) grid.coverage.resize(kernel.code.size());
     Scheduler scheduler(grid);
     auto finish = [&] {
