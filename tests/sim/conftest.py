@@ -15,9 +15,10 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
-from flash_attn3 import extension, hopper, runtime
+from flash_attn3 import extension, runtime
 from flash_attn3.build import sources, toolchain
 from flash_attn3.errors import ToolchainError
+from flash_attn3.hopper import launch
 from flash_attn3.variants import FwdVariant
 from tests import hopper_sim
 
@@ -64,7 +65,7 @@ def simulator(simulated_driver: hopper_sim.Driver, monkeypatch: pytest.MonkeyPat
     driver = simulated_driver
     driver.reset()
     given: list[Tensor] = []
-    view = hopper._view
+    view = launch.view
 
     def noted(x: Tensor | None) -> tuple | None:
         if x is not None:
@@ -77,8 +78,8 @@ def simulator(simulated_driver: hopper_sim.Driver, monkeypatch: pytest.MonkeyPat
             driver.register(x.data_ptr(), extent(x), f"{str(x.dtype).removeprefix('torch.')}{tuple(x.shape)}")
         given.clear()
 
-    monkeypatch.setattr(hopper, "_view", noted)
-    monkeypatch.setattr(hopper, "_num_multiprocessors", hopper._num_multiprocessors.__wrapped__)  # tests change it
+    monkeypatch.setattr(launch, "view", noted)
+    monkeypatch.setattr(launch, "num_multiprocessors", launch.num_multiprocessors.__wrapped__)  # tests change it
     driver.library.hopper_sim_on_launch(on_launch)
     yield driver
     report = driver.report()
@@ -91,13 +92,13 @@ def simulator(simulated_driver: hopper_sim.Driver, monkeypatch: pytest.MonkeyPat
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the kernels that calls launch."""
     names: list[str] = []
-    kernel = hopper._kernel
+    kernel = launch.kernel
 
     def noted(variant: FwdVariant):
         names.append(variant.name)
         return kernel(variant)
 
-    monkeypatch.setattr(hopper, "_kernel", noted)
+    monkeypatch.setattr(launch, "kernel", noted)
     return names
 
 

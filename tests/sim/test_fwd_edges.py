@@ -12,7 +12,8 @@ from cases import MASKS, attend, check, inputs
 from torch import Tensor
 
 import flash_attn3
-from flash_attn3 import hopper, reference
+from flash_attn3 import reference
+from flash_attn3.hopper import launch
 from flash_attn3.testing import GradCheck, bitwise_equal, restrided
 
 SHAPE = "bf16_d64_v64"
@@ -78,13 +79,13 @@ def test_misaligned_inputs_are_copied(simulator) -> None:
     for name in "qkv":
         shifted = torch.cat([case[name].new_zeros(1), case[name].reshape(-1)])[1:].view(case[name].shape)
         padded = torch.cat([case[name], case[name][..., :1]], -1)[..., :64]
-        assert not hopper._takes(shifted) and not hopper._takes(padded)
+        assert not launch.takes(shifted) and not launch.takes(padded)
         assert same(attend(case | {name: shifted}), plain)
         assert same(attend(case | {name: padded}), plain)
 
 
 def test_a_misaligned_cache_is_announced_once(simulator) -> None:
-    hopper._warn_copied.cache_clear()
+    launch._warn_copied.cache_clear()
     k, v = (torch.randn(2, 40, 2, 65).bfloat16()[..., :64] for _ in range(2))
     q, lengths = torch.randn(2, 1, 2, 64).bfloat16(), torch.tensor([7, 40], dtype=torch.int32)
     with pytest.warns(UserWarning, match="copies k_cache in every call"):

@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The `hopper` backend: CUDA kernels for compute capability 9.0, launched by the compiled module `_C`.
+
+What has no kernel of its own yet (gradients, cache writes, merges of states) runs `elsewhere`.
+"""
+
+from __future__ import annotations
+
+from .. import runtime, variants
+from ..problem import AttentionProblem
+from . import elsewhere, launch
+from .combine import combine
+from .elsewhere import append_kv, bwd, merge_state, rotary_q
+from .fwd import fwd
+
+__all__ = ["append_kv", "bwd", "combine", "fwd", "kernel_name", "merge_state", "rotary_q", "unsupported_reason"]
+
+MAX_LENGTH = 2**30  # rows or keys of a tensor; kUnbounded in hopper/params.h
+
+
+def unsupported_reason(p: AttentionProblem, needs_grad: bool) -> str | None:
+    """Why this backend does not serve `p`, or None; looks at no content of a tensor."""
+    missing = {
+        "qv": p.qv is not None,
+        "page_table": p.page_table is not None,
+        "cache_batch_idx": p.kv_batch_idx is not None,
+        "appended keys": p.seqlen_k_new > 0 or p.cu_seqlens_k_new is not None,
+        "context parallel": p.cp_world_size > 1,
+        "fp8": p.k.dtype.itemsize == 1,
+        "2^30 rows or more": max(p.q.shape[-3], p.k.shape[-3]) >= MAX_LENGTH,
+    }
+    names = [name for name, used in missing.items() if used]
+    if names:
+        return f"has no kernel with {', '.join(names)} yet"
+    if reason := variants.unsupported_reason(p):
+        return reason
+    if needs_grad and (reason := runtime.reason(elsewhere.name(p.q.device), p, needs_grad)):
+        return f"has no backward of its own yet, and {elsewhere.name(p.q.device)}: {reason}"
+    return None if p.q.is_meta else launch.unobtainable(variants.select(p).name)
+
+
+def kernel_name(p: AttentionProblem) -> str:
+    """What computes the forward of `p`, for people."""
+    return variants.select(p).name

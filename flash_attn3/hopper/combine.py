@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The merge of the parts of a split."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .. import variants
+from . import elsewhere, launch
+
+COMBINE_CTAS = 16  # of a multiprocessor at most, four rows each
+
+
+def combine(out_partial: Tensor, lse_partial: Tensor, out: Tensor, lse: Tensor) -> None:
+    """Write out (b, s, h, dv) and lse (b, s, h) from out_partial (S, b, s, h, dv) and lse_partial (S, b, s, h).
+
+    Packed rows have no b.
+    """
+    if lse.numel() == 0:
+        return
+    if out.ndim == 3:
+        out_partial, lse_partial, out, lse = out_partial[:, None], lse_partial[:, None], out[None], lse[None]
+    if launch.unobtainable(variants.COMBINE.name):
+        return elsewhere.backend(out).combine(out_partial, lse_partial, out, lse)
+    device, stream = launch.place(out.device)
+    launch.module().combine(
+        launch.kernel(variants.COMBINE),
+        *map(launch.view, (out_partial, lse_partial, out, lse)),
+        *launch.dtypes(out.dtype),
+        COMBINE_CTAS * launch.num_multiprocessors(device),
+        device,
+        stream,
+    )
