@@ -93,6 +93,32 @@ void combine_values(Kernel& kernel, const TensorView& out_partial, const TensorV
             {device, as_stream(stream)});
 }
 
+// Arguments in the order of AppendTensors and AppendOptions.
+void append_kv_values(Kernel& kernel, const TensorView& k, const TensorView& v,
+                      const TensorView& k_cache, const TensorView& v_cache, const TensorView& q,
+                      const TensorView& q_out, const TensorView& cache_seqlens,
+                      const TensorView& cu_seqlens_k_new, const TensorView& cu_seqlens_q,
+                      const TensorView& kv_batch_idx, const TensorView& page_table,
+                      const TensorView& positions, const TensorView& cos, const TensorView& sin,
+                      const TensorView& k_descale, const TensorView& v_descale, Dtype new_dtype,
+                      Dtype cache_dtype, Dtype q_dtype, Dtype table_dtype, bool interleaved,
+                      bool advances, int batch, unsigned max_grid, int device, uintptr_t stream) {
+    append_kv(
+        kernel,
+        {k, v, k_cache, v_cache, q, q_out, cache_seqlens, cu_seqlens_k_new, cu_seqlens_q,
+         kv_batch_idx, page_table, positions, cos, sin, k_descale, v_descale},
+        {new_dtype, cache_dtype, q_dtype, table_dtype, interleaved, advances, batch, max_grid},
+        {device, as_stream(stream)});
+}
+
+void merge_state_values(Kernel& kernel, const TensorView& out_a, const TensorView& lse_a,
+                        const TensorView& out_b, const TensorView& lse_b, const TensorView& out,
+                        const TensorView& lse, Dtype dtype_a, Dtype dtype_b, Dtype out_dtype,
+                        unsigned max_grid, int device, uintptr_t stream) {
+    merge_state(kernel, {{out_a, out_b}, {lse_a, lse_b}, out, lse},
+                {{dtype_a, dtype_b}, out_dtype, max_grid}, {device, as_stream(stream)});
+}
+
 int driver_version() {
     int version = 0;
     FA3_DRIVER(cuDriverGetVersion, (&version), "asking for the driver's version");
@@ -159,7 +185,8 @@ PYBIND11_MODULE(_C, m) {
     py::enum_<Dtype>(m, "Dtype", py::module_local())
         .value("bf16", Dtype::bf16)
         .value("fp16", Dtype::fp16)
-        .value("fp32", Dtype::fp32);
+        .value("fp32", Dtype::fp32)
+        .value("e4m3", Dtype::e4m3);
     m.def("fwd", &fwd_values, WithoutGil(),
           "Launch the forward; the arguments are those of FwdTensors and FwdOptions in csrc/ops.h, "
           "in order.");
@@ -167,6 +194,14 @@ PYBIND11_MODULE(_C, m) {
         "combine", &combine_values, WithoutGil(),
         "Launch the merge of splits; the arguments are those of CombineTensors in csrc/ops.h, the "
         "type of out, the most CTAs, device and stream.");
+
+    m.def(
+        "append_kv", &append_kv_values, WithoutGil(),
+        "Launch the write into a cache, the rotation of queries, or both; the arguments are those "
+        "of AppendTensors and AppendOptions in csrc/ops.h, in order.");
+    m.def("merge_state", &merge_state_values, WithoutGil(),
+          "Launch the merge of two states (out, lse); the arguments are the tensors of each, those "
+          "of the result, the types of the outs, the most CTAs, device and stream.");
 
     m.def("encode_tensor_map", &tensor_map_bytes, py::arg("tensor"), py::arg("type"),
           py::arg("element_bytes"), py::arg("view"), py::arg("box"), py::arg("swizzle"),

@@ -19,20 +19,6 @@ struct Dim {
     int box = 1;
 };
 
-// The view with a dimension of size 1 before dimension `at`.
-TensorView unsqueezed(const TensorView& x, int at) {
-    TensorView result{x.data, x.rank + 1, {}, {}};
-    for (int from = 0, to = 0; to < result.rank; ++to) {
-        result.size[to] = to == at ? 1 : x.size[from];
-        result.stride[to] = to == at ? 0 : x.stride[from];
-        from += to != at;
-    }
-    return result;
-}
-
-// Packed rows (t, h, d) are a batch of one.
-TensorView batched(const TensorView& x) { return x.rank == 3 ? unsqueezed(x, 0) : x; }
-
 // Innermost dimension first. A tensor without elements has no map, and kernels do not read it.
 void encode(CUtensorMap& map, const char* tensor, Dtype dtype, const TensorView& x,
             std::initializer_list<Dim> dims) {

@@ -95,6 +95,40 @@ class CombineVariant(Variant):
         return self.threads // 32
 
 
+@dataclass(frozen=True)
+class AppendVariant(Variant):
+    operation = "append_kv"
+    config = "AppendConfig"
+
+    threads: int = 256
+
+    @property
+    def name(self) -> str:
+        return f"append_kv_t{self.threads}"
+
+    @property
+    def block_m(self) -> int:
+        """Chunks of eight elements of a tile."""
+        return 2 * self.threads
+
+
+@dataclass(frozen=True)
+class MergeVariant(Variant):
+    operation = "merge_state"
+    config = "MergeConfig"
+
+    threads: int = 256
+
+    @property
+    def name(self) -> str:
+        return f"merge_state_t{self.threads}"
+
+    @property
+    def block_m(self) -> int:
+        """Chunks of eight elements of a tile."""
+        return 2 * self.threads
+
+
 # Keys of a tile by (head_dim, head_dim_v): as many as fit, with two stages and no spill, into 227 KB of shared memory
 # and 240 registers of a thread. One for all masks and all sizes of the query tile, which therefore move no bits.
 BLOCK_N = {(64, 64): 128, (96, 96): 128, (128, 128): 128, (192, 128): 128, (192, 192): 112, (256, 256): 80}
@@ -102,6 +136,8 @@ SMALL_TILE = 64  # query rows, for calls that have no more of them: half the wor
 
 
 COMBINE = CombineVariant()
+APPEND_KV = AppendVariant()
+MERGE_STATE = MergeVariant()
 
 
 @functools.cache
@@ -117,7 +153,7 @@ def fwd_variants() -> tuple[FwdVariant, ...]:
 @functools.cache
 def all_variants() -> tuple[Variant, ...]:
     """Of every operation."""
-    return (*fwd_variants(), COMBINE)
+    return (*fwd_variants(), COMBINE, APPEND_KV, MERGE_STATE)
 
 
 def by_name(name: str) -> Variant | None:

@@ -35,4 +35,12 @@ struct CombineConfig {
     int threads = 128;  // a warp for each row
 };
 
+struct AppendConfig {
+    int threads = 256;
+};
+
+struct MergeConfig {
+    int threads = 256;
+};
+
 }  // namespace fa3

@@ -13,9 +13,11 @@ struct alignas(64) CUtensorMap {
 
 namespace fa3 {
 
-enum class Dtype : int { bf16, fp16, fp32 };
+enum class Dtype : int { bf16, fp16, fp32, e4m3 };
 
-constexpr int kPanel = 64;           // columns of a box of a tensor map: 128 bytes, the swizzle
+constexpr int kPanel = 64;        // columns of a box of a tensor map: 128 bytes, the swizzle
+constexpr int kChunk = 8;         // elements that a thread moves at once: 16 bytes of 16-bit types
+constexpr int kScaleBlock = 128;  // tokens of a sequence that share a descale
 constexpr int kWarpgroupRows = 64;   // query rows of a consumer warpgroup
 constexpr int kUnbounded = 1 << 30;  // a window side without a limit, and the largest with one
 
@@ -72,6 +74,54 @@ struct CombineParams {
     float* lse;  // [b, seqlen, h]
     long long lse_stride[3];
     int num_splits, batch, seqlen, num_heads, head_dim;
+};
+
+// Rows that append_kv moves: of keys, of values, or of queries.
+struct RowMove {
+    const void* from;  // [b, seqlen, h, d], or packed [t, h, d]: a batch entry of seqlen = t rows
+    void* to;          // [blocks, rows, h, d] of a cache; for queries as `from`
+    long long from_stride[3], to_stride[3];  // that of d is 1
+    const float* descale;                    // [b, h, blocks of kScaleBlock slots]; may be null
+    long long descale_stride[3];
+    const int* cu_seqlens;  // [b + 1]: packed rows; else null
+    Dtype from_dtype, to_dtype;
+    bool from_aligned, to_aligned;  // rows begin at multiples of 16 bytes; of e4m3, of 8
+    bool to_cache;                  // row u of sequence n goes to slot cache_seqlens[n] + u
+    bool rotates;                   // for position positions[n], and if it advances u more
+    bool advances;
+    int seqlen, num_heads, head_dim;
+    int rows_per_tile;
+};
+
+// Writes new keys, rotated, and new values into a cache, and rotates queries. blockIdx.y is a move.
+struct AppendParams {
+    RowMove moves[3];
+    const int* cache_seqlens;  // [b] slots in use
+    const int* kv_batch_idx;   // [b] row of the cache, or of the page table; null: n
+    const int* page_table;     // [num_rows, pages] blocks of the cache; null: block i is row i
+    int num_rows, num_blocks, page_size, pages_of_row;
+    int capacity;           // slots of a row
+    const int* positions;   // [b] of row 0, for the rotation
+    const void *cos, *sin;  // [num_positions, half]; may be null
+    Dtype table_dtype;
+    int num_positions, half;
+    bool interleaved;   // pairs (2 m, 2 m + 1); else (m, m + half)
+    bool whole_chunks;  // half is a multiple of kChunk, and tables are aligned to 16 bytes
+    int batch;
+};
+
+// Merges two states: lse = log(exp(lse_a) + exp(lse_b)), out the mean with these weights.
+struct MergeParams {
+    const void* out[2];   // [b, seqlen, h, d]
+    const float* lse[2];  // [b, seqlen, h]; -inf: an empty state, whose out is not read
+    void* merged;         // as out
+    float* merged_lse;    // as lse
+    long long out_stride[2][3], lse_stride[2][3], merged_stride[3], merged_lse_stride[3];
+    Dtype out_dtype[2], merged_dtype;
+    bool out_aligned[2], merged_aligned;  // rows begin at multiples of 16 bytes
+    int batch, seqlen, num_heads, head_dim;
+    int rows_per_tile;   // positions, of one batch entry
+    unsigned num_tiles;  // less than 2^31
 };
 
 }  // namespace fa3

@@ -7,6 +7,18 @@
 
 namespace fa3 {
 
+__device__ inline int clamp(int x, int top) { return min(max(x, 0), top); }
+
+// The part of sequence n in [b, length, ...], or of packed rows [length, ...].
+struct Extent {
+    int batch, first, size;
+
+    __device__ Extent(const int* cu_seqlens, int n, int length)
+        : batch(cu_seqlens ? 0 : n), first(cu_seqlens ? clamp(cu_seqlens[n], length) : 0) {
+        size = cu_seqlens ? max(clamp(cu_seqlens[n + 1], length) - first, 0) : length;
+    }
+};
+
 struct Sequence {
     int q_batch, k_batch;     // batch entries in the tensor maps, out and lse
     int first_row, num_rows;  // query rows that attend
@@ -25,18 +37,6 @@ struct Sequence {
         first_key = k.first + padding;
         num_keys = used - padding;
     }
-
-  private:
-    struct Extent {
-        int batch, first, size;
-
-        __device__ Extent(const int* cu_seqlens, int n, int length)
-            : batch(cu_seqlens ? 0 : n), first(cu_seqlens ? clamp(cu_seqlens[n], length) : 0) {
-            size = cu_seqlens ? max(clamp(cu_seqlens[n + 1], length) - first, 0) : length;
-        }
-    };
-
-    static __device__ int clamp(int x, int top) { return min(max(x, 0), top); }
 };
 
 }  // namespace fa3

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The `hopper` backend: CUDA kernels for compute capability 9.0, launched by the compiled module `_C`.
 
-What has no kernel of its own yet (gradients, cache writes, merges of states) runs `elsewhere`.
+What has no kernel of its own yet (gradients) runs `elsewhere`.
 """
 
 from __future__ import annotations
@@ -9,9 +9,11 @@ from __future__ import annotations
 from .. import runtime, variants
 from ..problem import AttentionProblem
 from . import elsewhere, launch
+from .cache import append_kv, rotary_q
 from .combine import combine
-from .elsewhere import append_kv, bwd, merge_state, rotary_q
+from .elsewhere import bwd
 from .fwd import fwd
+from .merge import merge_state
 
 __all__ = ["append_kv", "bwd", "combine", "fwd", "kernel_name", "merge_state", "rotary_q", "unsupported_reason"]
 

@@ -7,13 +7,12 @@ That is `triton` on a GPU, `cpu` where FLASH_ATTN3_LIBCUDA names a driver that t
 from __future__ import annotations
 
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import runtime
-from ..problem import AppendProblem, AttentionProblem
+from ..problem import AttentionProblem
 
 
 def name(device: torch.device) -> str:
@@ -27,15 +26,3 @@ def backend(x: Tensor) -> ModuleType:
 
 def bwd(p: AttentionProblem, dout: Tensor, *tensors: Tensor | None) -> None:
     backend(dout).bwd(p, dout, *tensors)
-
-
-def append_kv(a: AppendProblem) -> None:
-    backend(a.k_cache).append_kv(a)
-
-
-def rotary_q(q: Tensor, *arguments: Any) -> None:
-    backend(q).rotary_q(q, *arguments)
-
-
-def merge_state(out_a: Tensor, *tensors: Tensor) -> None:
-    backend(out_a).merge_state(out_a, *tensors)

@@ -57,7 +57,7 @@ def num_multiprocessors(device: int) -> int:
 
 @functools.cache
 def dtypes(*dtypes: torch.dtype) -> tuple:
-    names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+    names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float8_e4m3fn: "e4m3"}
     return tuple(getattr(module().Dtype, names[dtype]) for dtype in dtypes)
 
 

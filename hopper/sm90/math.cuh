@@ -59,6 +59,28 @@ __device__ inline unsigned pack(float low, float high) {
     return y;
 }
 
+// PTX ISA, cvt.rn.satfinite.e4m3x2: two values, `low` in the lower byte; beyond 448 they become
+// 448.
+__device__ inline unsigned pack_e4m3(float low, float high) {
+    unsigned short y;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(y) : "f"(high), "f"(low));
+    return y;
+}
+
+// PTX ISA, cvt.rn.f16x2.e4m3x2, which is exact: the two values of the lower half of `pair`.
+__device__ inline void unpack_e4m3(unsigned pair, float& low, float& high) {
+    asm("{\n"
+        ".reg .b32 both;\n"
+        ".reg .b16 first, second;\n"
+        "cvt.rn.f16x2.e4m3x2 both, %2;\n"
+        "mov.b32 {first, second}, both;\n"
+        "cvt.f32.f16 %0, first;\n"
+        "cvt.f32.f16 %1, second;\n"
+        "}"
+        : "=f"(low), "=f"(high)
+        : "h"(static_cast<unsigned short>(pair)));
+}
+
 // PTX ISA, shr, which clamps: the lowest n bits are ones; none if n < 0, all if n > 32.
 __device__ inline unsigned low_bits(int n) {
     unsigned y;

@@ -17,7 +17,12 @@ from flash_attn3.errors import ToolchainError
 
 MAX_SMEM = 232448  # bytes that a block can have
 REGISTERS = 65536  # of a multiprocessor
-PARAMETERS = {"fwd": "fa3::FwdParams", "combine": "fa3::CombineParams"}
+PARAMETERS = {
+    "fwd": "fa3::FwdParams",
+    "combine": "fa3::CombineParams",
+    "append_kv": "fa3::AppendParams",
+    "merge_state": "fa3::MergeParams",
+}
 
 
 @pytest.fixture(scope="module")
