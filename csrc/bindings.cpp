@@ -63,17 +63,18 @@ void fwd_values(Kernel& kernel, const TensorView& q, const TensorView& k, const 
                 const TensorView& out, const TensorView& lse, const TensorView& max_logits,
                 const TensorView& cu_seqlens_q, const TensorView& cu_seqlens_k,
                 const TensorView& seqused_q, const TensorView& seqused_k,
-                const TensorView& leftpad_k, const TensorView& sink, Dtype dtype, Dtype out_dtype,
-                Dtype sink_dtype, float softmax_scale, float softcap, int window_left,
-                int window_right, int attention_chunk, int batch, int block_n, int pack,
+                const TensorView& leftpad_k, const TensorView& cu_seqlens_k_new,
+                const TensorView& sink, Dtype dtype, Dtype out_dtype, Dtype sink_dtype,
+                float softmax_scale, float softcap, int window_left, int window_right,
+                int attention_chunk, int batch, int seqlen_k_new, int block_n, int pack,
                 int num_m_blocks, int num_splits, int heads_per_section, bool dynamic,
                 unsigned grid, int device, uintptr_t stream) {
     fwd(kernel,
         {q, k, v, out, lse, max_logits, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, leftpad_k,
-         sink},
+         cu_seqlens_k_new, sink},
         {dtype, out_dtype, sink_dtype, softmax_scale, softcap, window_left, window_right,
-         attention_chunk, batch, block_n, pack, num_m_blocks, num_splits, heads_per_section,
-         dynamic, grid},
+         attention_chunk, batch, seqlen_k_new, block_n, pack, num_m_blocks, num_splits,
+         heads_per_section, dynamic, grid},
         {device, as_stream(stream)});
 }
 

@@ -106,6 +106,7 @@ void set_lengths(FwdParams& params, const FwdTensors& tensors) {
     params.seqused_q = tensors.seqused_q.as<int>();
     params.seqused_k = tensors.seqused_k.as<int>();
     params.leftpad_k = tensors.leftpad_k.as<int>();
+    params.cu_seqlens_k_new = tensors.cu_seqlens_k_new.as<int>();
 }
 
 }  // namespace
@@ -124,6 +125,7 @@ void fwd(Kernel& kernel, const FwdTensors& tensors, const FwdOptions& options, c
     set_lengths(params, tensors);
     set_scores(params, options);
     params.batch = options.batch;
+    params.seqlen_k_new = options.seqlen_k_new;
     params.seqlen_q = length("q", q.size[kRow]);
     params.seqlen_k = length("k", k.size[kRow]);
     params.num_heads = static_cast<int>(q.size[kHead]);

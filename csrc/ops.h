@@ -23,6 +23,7 @@ struct FwdTensors {
     TensorView lse;  // (b, h, s_q), or packed (h, t_q); partial results have the splits in front
     TensorView max_logits;  // (b, h), -inf
     TensorView cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, leftpad_k;
+    TensorView cu_seqlens_k_new;
     TensorView sink;  // (h,)
 };
 
@@ -32,6 +33,7 @@ struct FwdOptions {
     int window_left, window_right;  // -1: unbounded
     int attention_chunk;
     int batch;
+    int seqlen_k_new;                                       // keys appended to each sequence
     int block_n;                                            // of the kernel
     int pack, num_m_blocks, num_splits, heads_per_section;  // see FwdParams
     bool dynamic;                                           // tiles are handed out one by one

@@ -169,25 +169,44 @@ def select(p: AttentionProblem) -> FwdVariant | None:
 
 
 def supports(p: AttentionProblem) -> bool:
-    return select(p) is not None
+    return str(p.q.dtype) in DTYPES and held_in(p.q.shape[-1], p.v.shape[-1]) is not None
 
 
 def unsupported_reason(p: AttentionProblem) -> str | None:
-    """Why no variant computes `p`, naming the nearest one that exists; None where one does."""
+    """Why no variant computes `p`, naming the nearest one that exists; None where one does.
+
+    Looks at no length: what torch.compile traces would else be compiled anew for others.
+    """
     return None if supports(p) else _reason(p.q.dtype, p.q.shape[-1], p.v.shape[-1])
+
+
+def held_in(head_dim: int, head_dim_v: int) -> tuple[int, int] | None:
+    """The smallest head dims of a kernel that hold these."""
+    for held, held_v in BLOCK_N:  # from the smallest on
+        if head_dim <= held and head_dim_v <= held_v:
+            return held, held_v
+    return None
+
+
+def any_name(dtype: str, head_dim: int, head_dim_v: int) -> str:
+    """The name of one kernel of these head dims."""
+    return next(v.name for v in fwd_variants() if (v.dtype, v.head_dim, v.head_dim_v) == (dtype, head_dim, head_dim_v))
+
+
+any_name._dynamo_marked_constant = True  # see runtime.py
 
 
 @functools.cache
 def _select(dtype: torch.dtype, head_dim: int, head_dim_v: int, small: bool) -> FwdVariant | None:
-    able = [
+    held = held_in(head_dim, head_dim_v)
+    able = (
         variant
         for variant in fwd_variants()
         if variant.dtype == DTYPES.get(str(dtype))
-        and variant.head_dim >= head_dim
-        and variant.head_dim_v >= head_dim_v
+        and (variant.head_dim, variant.head_dim_v) == held
         and (variant.block_m == SMALL_TILE) == small
-    ]
-    return min(able, key=lambda variant: (variant.head_dim, variant.head_dim_v), default=None)
+    )
+    return next(able, None)
 
 
 @functools.cache

@@ -24,7 +24,8 @@ constexpr int kUnbounded = 1 << 30;  // a window side without a limit, and the l
 // The forward. Absent tensors are null. b sequences, h query heads, h_kv key/value heads.
 //   rows of sequence n: from cu_seqlens_q[n], else from 0 in batch entry n;
 //       n_q = seqused_q[n], else cu_seqlens_q[n + 1] - cu_seqlens_q[n], else seqlen_q
-//   keys of sequence n: the same of K, after the first leftpad_k[n]
+//   keys of sequence n: the same of K, after the first leftpad_k[n]; behind seqused_k[n] those that
+//       the call has appended count too: seqlen_k_new, or the extent in cu_seqlens_k_new
 struct FwdParams {
     // `pack` query heads of one KV head make neighbouring rows of a tile: row r holds position
     // r / pack of head r % pack. Maps of tensors without elements are not read.
@@ -46,8 +47,9 @@ struct FwdParams {
     const int* seqused_q;     // [b]
     const int* seqused_k;     // [b], left padding included
     const int* leftpad_k;     // [b]
+    const int* cu_seqlens_k_new;  // [b + 1]
 
-    int batch, seqlen_q, seqlen_k, num_heads, num_heads_kv, head_dim_v, pack;
+    int batch, seqlen_q, seqlen_k, seqlen_k_new, num_heads, num_heads_kv, head_dim_v, pack;
 
     int window_left, window_right;  // 0 .. kUnbounded; a causal mask is window_right = 0
     int attention_chunk;            // 0: off

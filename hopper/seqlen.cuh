@@ -31,7 +31,9 @@ struct Sequence {
         first_row = q.first;
         rows_written = q.size;
         num_rows = p.seqused_q ? clamp(p.seqused_q[n], q.size) : q.size;
-        const int used = p.seqused_k ? clamp(p.seqused_k[n], k.size) : k.size;
+        const Extent fresh(p.cu_seqlens_k_new, n, p.cu_seqlens_k_new ? kUnbounded : p.seqlen_k_new);
+        const int used =
+            p.seqused_k ? min(clamp(p.seqused_k[n], k.size) + fresh.size, k.size) : k.size;
         const int padding = p.leftpad_k ? clamp(p.leftpad_k[n], used) : 0;
         k_batch = k.batch;
         first_key = k.first + padding;

@@ -6,6 +6,8 @@ What has no kernel of its own yet (gradients) runs `elsewhere`.
 
 from __future__ import annotations
 
+import torch
+
 from .. import runtime, variants
 from ..problem import AttentionProblem
 from . import elsewhere, launch
@@ -26,7 +28,6 @@ def unsupported_reason(p: AttentionProblem, needs_grad: bool) -> str | None:
         "qv": p.qv is not None,
         "page_table": p.page_table is not None,
         "cache_batch_idx": p.kv_batch_idx is not None,
-        "appended keys": p.seqlen_k_new > 0 or p.cu_seqlens_k_new is not None,
         "context parallel": p.cp_world_size > 1,
         "fp8": p.k.dtype.itemsize == 1,
         "2^30 rows or more": max(p.q.shape[-3], p.k.shape[-3]) >= MAX_LENGTH,
@@ -38,7 +39,12 @@ def unsupported_reason(p: AttentionProblem, needs_grad: bool) -> str | None:
         return reason
     if needs_grad and (reason := runtime.reason(elsewhere.name(p.q.device), p, needs_grad)):
         return f"has no backward of its own yet, and {elsewhere.name(p.q.device)}: {reason}"
-    return None if p.q.is_meta else launch.unobtainable(variants.select(p).name)
+    if p.q.is_meta:
+        return None
+    if not torch.compiler.is_compiling():
+        return launch.unobtainable(variants.select(p).name)
+    held = variants.held_in(p.head_dim, p.head_dim_v)
+    return launch.unobtainable(variants.any_name(variants.DTYPES[str(p.q.dtype)], *held))
 
 
 def kernel_name(p: AttentionProblem) -> str:

@@ -192,19 +192,21 @@ def test_decode_over_positions(kind: str, dtype: torch.dtype) -> None:
     assert compiled.compilations <= (1 if kind == "tensor" else 3)  # an int: 0 and 1 apart, then dynamic
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
 @torch.no_grad()
-def test_prefill_and_batches() -> None:
+def test_prefill_and_batches(dtype: torch.dtype) -> None:
     compiled = Compiled(decode, dynamic=True)
     tables = [torch.randn(64, 8) for _ in range(2)]
     for batch, length in ((2, 5), (3, 2), (4, 33), (2, 17)):
-        q, k, v = (torch.randn(batch, length, h, 16) for h in (4, 2, 2))
-        caches = [torch.zeros(batch, 64, 2, 16) for _ in range(2)]
+        q, k, v = (torch.randn(batch, length, h, 16).to(dtype) for h in (4, 2, 2))
+        caches = [torch.zeros(batch, 64, 2, 16, dtype=dtype) for _ in range(2)]
         compiled.check(q, k, v, *caches, torch.arange(batch).int(), *tables)
     assert compiled.compilations == 1
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
 @torch.no_grad()
-def test_paged_ragged_decode() -> None:
+def test_paged_ragged_decode(dtype: torch.dtype) -> None:
     def fn(q, k_pages, v_pages, k, v, cu, table, lengths, metadata):
         return flash_attn_with_kvcache(
             q,
@@ -222,10 +224,10 @@ def test_paged_ragged_decode() -> None:
         )
 
     compiled = Compiled(fn, dynamic=True)
-    pages = [torch.randn(12, 4, 2, 16) for _ in range(2)]
+    pages = [torch.randn(12, 4, 2, 16).to(dtype) for _ in range(2)]
     for new in ((3, 1), (1, 1, 6), (2, 0, 1, 3)):
         batch, total = len(new), sum(new)
-        q, k, v = (torch.randn(total, h, 16) for h in (4, 2, 2))
+        q, k, v = (torch.randn(total, h, 16).to(dtype) for h in (4, 2, 2))
         table = torch.randperm(12)[: 3 * batch].view(batch, 3).int()
         lengths = torch.arange(batch).int()
         metadata = get_scheduler_metadata(batch, 8, 12, 4, 2, 16, lengths, page_size=4)

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
-from flash_attn3 import extension, runtime
+from flash_attn3 import env, extension, runtime
 from flash_attn3.build import sources, toolchain
 from flash_attn3.errors import ToolchainError
 from flash_attn3.hopper import launch
@@ -100,6 +100,12 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(launch, "kernel", noted)
     return names
+
+
+@pytest.fixture
+def by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls that name no backend run on hopper, as with FLASH_ATTN3_BACKEND."""
+    monkeypatch.setattr(env, "backend", "hopper")
 
 
 def extent(x: Tensor) -> int:

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""`flash_attn_with_kvcache` on the simulator: append, rotate and attend in one call, against the oracle."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import test_compile
+import torch
+from cases import BACKEND, named
+from test_compile import fresh_dynamo  # noqa: F401
+
+from flash_attn3.testing import GradCheck, bitwise_equal, call, make_inputs, pairwise, with_append
+
+CACHES = ("k", "v", "k_new", "v_new")
+AXES = {
+    "dtype": [torch.bfloat16, torch.float16],
+    "new": [1, 5, 140],
+    "ragged": [False, True],
+    "rotary": [(0, True), (64, True), (64, False), (20, False), (48, True)],
+    "heads": [(4, 4), (6, 2), (5, 1)],
+    "mask": [{}, {"causal": True}, {"window_size": (70, 0)}, {"window_size": (3, 40)}],
+    "num_splits": [1, 0, 3],
+    "strided": [False, True],
+}
+
+
+def appending(choice: dict[str, Any], **sizes: int) -> dict[str, Any]:
+    (rotary_dim, interleaved), (heads, heads_kv) = choice["rotary"], choice["heads"]
+    case = make_inputs(
+        "cache",
+        batch=3,
+        seqlen_q=choice["new"],
+        seqlen_k=330,
+        num_heads=heads,
+        num_heads_kv=heads_kv,
+        dtype=choice["dtype"],
+        least_k=choice["new"],
+        strided=choice["strided"],
+        **sizes,
+    )
+    del case["kv_batch_idx"]
+    case |= {name: case[name][:3].nan_to_num() for name in "kv"}  # poisoned again below
+    rotary = dict(rotary_dim=rotary_dim, interleaved=interleaved)
+    return with_append(case, choice["new"], ragged=choice["ragged"], **rotary) | choice["mask"]
+
+
+@pytest.mark.parametrize("choice", pairwise(AXES), ids=named)
+def test_append_and_attend(choice: dict[str, Any], simulator, launched: list[str]) -> None:
+    case = appending(choice)
+    oracle = GradCheck(case)
+    plain = {name: case[name].clone() for name in CACHES}
+    oracle.check_forward(*call(case, backend=BACKEND, num_splits=choice["num_splits"]))
+    assert launched[0] == "append_kv_t256"
+    call(case | plain, backend="cpu")  # which writes the same slots
+    assert bitwise_equal(case["v"], plain["v"])
+    ulp = 2.0**-7 if choice["dtype"] == torch.bfloat16 else 2.0**-10
+    torch.testing.assert_close(case["k"], plain["k"], rtol=ulp, atol=1e-6, equal_nan=True)
+
+
+COMPILED = {
+    "decode": lambda: test_compile.test_decode_over_positions("tensor", torch.bfloat16),
+    "prefill": lambda: test_compile.test_prefill_and_batches(torch.bfloat16),
+}
+
+
+@pytest.mark.unpoisoned  # Dynamo would trace into the patched torch.empty
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("step", COMPILED)
+def test_compiled_steps(step: str, simulator, by_default, launched: list[str]) -> None:
+    """One compilation for all positions, lengths and batches, the bits of eager, the cache written in place."""
+    COMPILED[step]()
+    assert {name.split("_")[0] for name in launched} == {"append", "fwd"}
