@@ -18,7 +18,8 @@ import torch
 from harness import Case, Effort, Row, on_cpu
 
 import flash_attn3
-from flash_attn3 import extension, hopper, ops
+from flash_attn3 import hopper, ops
+from flash_attn3.hopper import launch
 
 sys.path.append(str(Path(__file__).parents[1]))
 from tests import hopper_sim
@@ -71,20 +72,19 @@ def measure(name: str, effort: Effort) -> list[Row]:
 
 def layers(run: Callable[[], Any]) -> dict[str, Callable[[], Any]]:
     """The call, and the calls that it makes one inside the other."""
-    module = extension.load()
-    launch, backend, attend = Recorder(module.fwd), Recorder(hopper.fwd), Recorder(ops.DIRECT.fwd)
+    launched, backend, attend = Recorder(launch.run), Recorder(hopper.fwd), Recorder(ops.DIRECT.fwd)
     direct = ops.DIRECT
-    module.fwd, hopper.fwd, ops.DIRECT = launch, backend, direct._replace(fwd=attend)
+    launch.run, hopper.fwd, ops.DIRECT = launched, backend, direct._replace(fwd=attend)
     try:
         run()  # the first call is checked, the second replayed
         run()
     finally:
-        module.fwd, hopper.fwd, ops.DIRECT = launch.function, backend.function, direct
+        launch.run, hopper.fwd, ops.DIRECT = launched.function, backend.function, direct
     return {
         "checks, replayed": run,
         "outputs": partial(attend.function, *attend.arguments),
-        "kernel and views": partial(backend.function, *backend.arguments),
-        "_C: tensor maps, launch": partial(launch.function, *launch.arguments),
+        "kernel, prepared": partial(backend.function, *backend.arguments),
+        "_C: addresses, tensor maps, launch": partial(launched.function, *launched.arguments),
     }
 
 

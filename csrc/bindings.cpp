@@ -3,9 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "launch.h"
 #include "ops.h"
-#include "tensor_map.h"
 #include "view_caster.h"
 
 namespace py = pybind11;
@@ -18,7 +16,6 @@ using WithoutGil = py::call_guard<py::gil_scoped_release>;
 CUstream as_stream(uintptr_t stream) { return reinterpret_cast<CUstream>(stream); }
 
 AbiStamp load(Kernel& kernel, int device, uintptr_t stream) {
-    const DeviceGuard guard(device);
     return kernel.on(device, as_stream(stream)).abi;
 }
 
@@ -41,7 +38,6 @@ py::bytes tensor_map_bytes(const std::string& tensor, int type, int element_byte
     TensorMapSpec spec{tensor.c_str(),
                        static_cast<CUtensorMapDataType>(type),
                        element_bytes,
-                       view.data,
                        view.rank,
                        {},
                        {},
@@ -54,28 +50,86 @@ py::bytes tensor_map_bytes(const std::string& tensor, int type, int element_byte
     }
     const DeviceGuard guard(0);
     CUtensorMap map;
-    encode_tensor_map(spec, map);
+    encode_tensor_map(spec, view.data, map);
     return py::bytes(reinterpret_cast<const char*>(&map), sizeof(map));
 }
 
-// Arguments in the order of FwdTensors and FwdOptions.
-void fwd_values(Kernel& kernel, const TensorView& q, const TensorView& k, const TensorView& v,
-                const TensorView& out, const TensorView& lse, const TensorView& max_logits,
-                const TensorView& cu_seqlens_q, const TensorView& cu_seqlens_k,
-                const TensorView& seqused_q, const TensorView& seqused_k,
-                const TensorView& leftpad_k, const TensorView& cu_seqlens_k_new,
-                const TensorView& sink, Dtype dtype, Dtype out_dtype, Dtype sink_dtype,
-                float softmax_scale, float softcap, int window_left, int window_right,
-                int attention_chunk, int batch, int seqlen_k_new, int block_n, int pack,
-                int num_m_blocks, int num_splits, int heads_per_section, bool dynamic,
-                unsigned grid, int device, uintptr_t stream) {
-    fwd(kernel,
-        {q, k, v, out, lse, max_logits, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, leftpad_k,
-         cu_seqlens_k_new, sink},
-        {dtype, out_dtype, sink_dtype, softmax_scale, softcap, window_left, window_right,
-         attention_chunk, batch, seqlen_k_new, block_n, pack, num_m_blocks, num_splits,
-         heads_per_section, dynamic, grid},
-        {device, as_stream(stream)});
+// Options by their names: each field exactly once.
+class Keywords {
+  public:
+    explicit Keywords(const py::kwargs& values) : values_(values) {}
+
+    template <typename T>
+    void read(const char* name, T& field) {
+        if (!values_.contains(name)) throw py::type_error(concat("missing option ", name));
+        field = values_[name].cast<T>();
+        ++read_;
+    }
+
+    void finish() const {
+        if (values_.size() != read_)
+            throw py::type_error(concat(values_.size(), " options; expected ", read_));
+    }
+
+  private:
+    const py::kwargs& values_;
+    size_t read_ = 0;
+};
+
+#define FA3_READ(field) from.read(#field, options.field)
+
+void read(Keywords& from, FwdOptions& options) {
+    FA3_READ(dtype);
+    FA3_READ(out_dtype);
+    FA3_READ(sink_dtype);
+    FA3_READ(softmax_scale);
+    FA3_READ(softcap);
+    FA3_READ(window_left);
+    FA3_READ(window_right);
+    FA3_READ(attention_chunk);
+    FA3_READ(batch);
+    FA3_READ(seqlen_k_new);
+    FA3_READ(block_n);
+    FA3_READ(pack);
+    FA3_READ(num_m_blocks);
+    FA3_READ(num_splits);
+    FA3_READ(heads_per_section);
+    FA3_READ(dynamic);
+    FA3_READ(grid);
+}
+
+void read(Keywords& from, CombineOptions& options) {
+    FA3_READ(out_dtype);
+    FA3_READ(max_grid);
+}
+
+#undef FA3_READ
+
+// An operation of ops.h as a class: made from a kernel, its tensors and its options, launched on
+// addresses.
+template <typename Prepared>
+void bind_prepared(py::module_& m, const char* name) {
+    py::class_<Prepared>(m, name, py::module_local(),
+                         "A launch for tensors of certain sizes and strides; see csrc/ops.h.")
+        .def(py::init([](Kernel& kernel, const typename Prepared::Tensors& tensors, int device,
+                         uintptr_t stream, const py::kwargs& values) {
+                 typename Prepared::Options options;
+                 Keywords keywords(values);
+                 read(keywords, options);
+                 keywords.finish();
+                 const py::gil_scoped_release without_gil;
+                 return std::make_unique<Prepared>(kernel, tensors, options,
+                                                   Place{device, as_stream(stream)});
+             }),
+             py::keep_alive<1, 2>())
+        .def(
+            "launch",
+            [](const Prepared& prepared, const typename Prepared::Addresses& at, uintptr_t stream) {
+                return prepared.launch(at, as_stream(stream));
+            },
+            WithoutGil(),
+            "Launch on tensors at these addresses; false where the kernel cannot take one.")
+        .def_property_readonly("kernel", &Prepared::kernel);
 }
 
 int num_multiprocessors(int device) {
@@ -85,13 +139,6 @@ int num_multiprocessors(int device) {
     FA3_DRIVER(cuDeviceGetAttribute, (&count, CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, handle),
                "counting the multiprocessors of device ", device);
     return count;
-}
-
-void combine_values(Kernel& kernel, const TensorView& out_partial, const TensorView& lse_partial,
-                    const TensorView& out, const TensorView& lse, Dtype out_dtype,
-                    unsigned max_grid, int device, uintptr_t stream) {
-    combine(kernel, {out_partial, lse_partial, out, lse}, out_dtype, max_grid,
-            {device, as_stream(stream)});
 }
 
 // Arguments in the order of AppendTensors and AppendOptions.
@@ -188,13 +235,8 @@ PYBIND11_MODULE(_C, m) {
         .value("fp16", Dtype::fp16)
         .value("fp32", Dtype::fp32)
         .value("e4m3", Dtype::e4m3);
-    m.def("fwd", &fwd_values, WithoutGil(),
-          "Launch the forward; the arguments are those of FwdTensors and FwdOptions in csrc/ops.h, "
-          "in order.");
-    m.def(
-        "combine", &combine_values, WithoutGil(),
-        "Launch the merge of splits; the arguments are those of CombineTensors in csrc/ops.h, the "
-        "type of out, the most CTAs, device and stream.");
+    bind_prepared<PreparedFwd>(m, "PreparedFwd");
+    bind_prepared<PreparedCombine>(m, "PreparedCombine");
 
     m.def(
         "append_kv", &append_kv_values, WithoutGil(),

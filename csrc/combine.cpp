@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <limits>
 
-#include "launch.h"
 #include "ops.h"
 
 namespace fa3 {
@@ -17,31 +16,34 @@ int size(const char* dimension, int64_t value) {
 
 }  // namespace
 
-void combine(Kernel& kernel, const CombineTensors& tensors, Dtype out_dtype, unsigned max_grid,
-             const Place& place) {
-    const DeviceGuard guard(place.device);
-    const Function& function = kernel.on(place.device, place.stream);
+PreparedCombine::PreparedCombine(Kernel& kernel, const Tensors& tensors, const Options& options,
+                                 const Place& place)
+    : function_(kernel.on(place.device, place.stream)), device_(place.device) {
     const TensorView& parts = tensors.out_partial;
-
-    CombineParams params{};
-    params.out_partial = parts.as<float>();
-    std::ranges::copy(parts.strides(), params.out_partial_stride);
-    params.lse_partial = tensors.lse_partial.as<float>();
-    std::ranges::copy(tensors.lse_partial.strides(), params.lse_partial_stride);
-    params.out = tensors.out.data;
-    std::ranges::copy(tensors.out.strides().first(3), params.out_stride);
-    params.out_dtype = out_dtype;
-    params.lse = tensors.lse.as<float>();
-    std::ranges::copy(tensors.lse.strides(), params.lse_stride);
-    params.num_splits = size("S", parts.size[0]);
-    params.batch = size("b", parts.size[1]);
-    params.seqlen = size("s", parts.size[2]);
-    params.num_heads = size("h", parts.size[3]);
-    params.head_dim = size("d", parts.size[4]);
+    std::ranges::copy(parts.strides(), params_.out_partial_stride);
+    std::ranges::copy(tensors.lse_partial.strides(), params_.lse_partial_stride);
+    std::ranges::copy(tensors.out.strides().first(3), params_.out_stride);
+    std::ranges::copy(tensors.lse.strides(), params_.lse_stride);
+    params_.out_dtype = options.out_dtype;
+    params_.num_splits = size("S", parts.size[0]);
+    params_.batch = size("b", parts.size[1]);
+    params_.seqlen = size("s", parts.size[2]);
+    params_.num_heads = size("h", parts.size[3]);
+    params_.head_dim = size("d", parts.size[4]);
     const int64_t rows = parts.size[1] * parts.size[2] * parts.size[3];
-    const int64_t ctas = (rows + function.abi.block_m - 1) / function.abi.block_m;
-    launch(function, {.grid = {static_cast<unsigned>(std::min<int64_t>(ctas, max_grid)), 1, 1}},
-           place.stream, params);
+    const int64_t ctas = (rows + function_.abi.block_m - 1) / function_.abi.block_m;
+    grid_ = static_cast<unsigned>(std::min<int64_t>(ctas, options.max_grid));
+}
+
+bool PreparedCombine::launch(const Addresses& at, CUstream stream) const {
+    const DeviceGuard guard(device_);
+    CombineParams params = params_;
+    params.out_partial = static_cast<const float*>(at.out_partial);
+    params.lse_partial = static_cast<const float*>(at.lse_partial);
+    params.out = at.out;
+    params.lse = static_cast<float*>(at.lse);
+    fa3::launch(function_, {.grid = {grid_, 1, 1}}, stream, params);
+    return true;
 }
 
 }  // namespace fa3

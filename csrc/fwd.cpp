@@ -4,9 +4,7 @@
 #include <limits>
 #include <numbers>
 
-#include "launch.h"
 #include "ops.h"
-#include "tensor_map.h"
 #include "tile_counter.h"
 
 namespace fa3 {
@@ -19,16 +17,15 @@ struct Dim {
     int box = 1;
 };
 
-// Innermost dimension first. A tensor without elements has no map, and kernels do not read it.
-void encode(CUtensorMap& map, const char* tensor, Dtype dtype, const TensorView& x,
-            std::initializer_list<Dim> dims) {
-    if (std::ranges::any_of(dims, [](const Dim& dim) { return dim.size == 0; })) return;
+// Innermost dimension first. A tensor without elements has no map (rank 0), and kernels do not read
+// it.
+TensorMapSpec map_spec(const char* tensor, Dtype dtype, std::initializer_list<Dim> dims) {
     TensorMapSpec spec{};
     spec.tensor = tensor;
+    if (std::ranges::any_of(dims, [](const Dim& dim) { return dim.size == 0; })) return spec;
     spec.type =
         dtype == Dtype::bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
     spec.element_bytes = 2;
-    spec.data = x.data;
     spec.rank = static_cast<int>(dims.size());
     spec.swizzle = CU_TENSOR_MAP_SWIZZLE_128B;
     for (int i = 0; const Dim& dim : dims) {
@@ -36,27 +33,26 @@ void encode(CUtensorMap& map, const char* tensor, Dtype dtype, const TensorView&
         spec.stride[i] = dim.stride;
         spec.box[i++] = dim.box;
     }
-    encode_tensor_map(spec, map);
+    return spec;
 }
 
-// Of Q and out: tiles of `positions` rows of `pack` heads.
-void encode_packed(CUtensorMap& map, const char* tensor, Dtype dtype, const TensorView& x, int pack,
-                   int positions) {
-    encode(map, tensor, dtype, x,
-           {{x.size[kColumn], 1, kPanel},
-            {pack, x.stride[kHead], pack},
-            {x.size[kRow], x.stride[kRow], positions},
-            {x.size[kHead] / pack, x.stride[kHead] * pack},
-            {x.size[kBatch], x.stride[kBatch]}});
+// Tiles of `positions` rows of `pack` heads.
+TensorMapSpec packed_map(const char* tensor, Dtype dtype, const TensorView& x, int pack,
+                         int positions) {
+    return map_spec(tensor, dtype,
+                    {{x.size[kColumn], 1, kPanel},
+                     {pack, x.stride[kHead], pack},
+                     {x.size[kRow], x.stride[kRow], positions},
+                     {x.size[kHead] / pack, x.stride[kHead] * pack},
+                     {x.size[kBatch], x.stride[kBatch]}});
 }
 
-void encode_keys(CUtensorMap& map, const char* tensor, Dtype dtype, const TensorView& x,
-                 int block_n) {
-    encode(map, tensor, dtype, x,
-           {{x.size[kColumn], 1, kPanel},
-            {x.size[kRow], x.stride[kRow], block_n},
-            {x.size[kHead], x.stride[kHead]},
-            {x.size[kBatch], x.stride[kBatch]}});
+TensorMapSpec keys_map(const char* tensor, Dtype dtype, const TensorView& x, int block_n) {
+    return map_spec(tensor, dtype,
+                    {{x.size[kColumn], 1, kPanel},
+                     {x.size[kRow], x.stride[kRow], block_n},
+                     {x.size[kHead], x.stride[kHead]},
+                     {x.size[kBatch], x.stride[kBatch]}});
 }
 
 int length(const char* tensor, int64_t rows) {
@@ -71,24 +67,24 @@ float positive(double scale) {
     return static_cast<float>(std::clamp<double>(scale, Limits::min(), Limits::max()));
 }
 
+bool aligned(std::initializer_list<const void*> addresses) {
+    return std::ranges::all_of(
+        addresses, [](const void* at) { return reinterpret_cast<uintptr_t>(at) % 16 == 0; });
+}
+
 int window_side(int side) { return side < 0 ? kUnbounded : std::min(side, kUnbounded); }
 
-void set_outputs(FwdParams& params, const FwdTensors& tensors, const FwdOptions& options) {
-    const bool split = options.num_splits > 1, packed = tensors.q.rank == 3;
+void set_strides(FwdParams& params, const PreparedFwd::Tensors& tensors, bool split) {
     TensorView out = split ? tensors.out : unsqueezed(tensors.out, 0);
     TensorView lse = split ? tensors.lse : unsqueezed(tensors.lse, 0);
-    if (packed) out = unsqueezed(out, 1), lse = unsqueezed(lse, 1);
-    params.out = out.data;
+    if (tensors.q.rank == 3) out = unsqueezed(out, 1), lse = unsqueezed(lse, 1);
     params.out_split_stride = out.stride[0];
     params.out_batch_stride = out.stride[1];
     params.out_row_stride = out.stride[2];
     params.out_head_stride = out.stride[3];
-    params.out_dtype = options.out_dtype;
-    params.lse = lse.as<float>();
     params.lse_split_stride = lse.stride[0];
     params.lse_batch_stride = lse.stride[1];
     params.lse_head_stride = lse.stride[2];
-    params.max_logits = tensors.max_logits.as<float>();
 }
 
 void set_scores(FwdParams& params, const FwdOptions& options) {
@@ -100,45 +96,60 @@ void set_scores(FwdParams& params, const FwdOptions& options) {
     params.attention_chunk = options.attention_chunk;
 }
 
-void set_lengths(FwdParams& params, const FwdTensors& tensors) {
-    params.cu_seqlens_q = tensors.cu_seqlens_q.as<int>();
-    params.cu_seqlens_k = tensors.cu_seqlens_k.as<int>();
-    params.seqused_q = tensors.seqused_q.as<int>();
-    params.seqused_k = tensors.seqused_k.as<int>();
-    params.leftpad_k = tensors.leftpad_k.as<int>();
-    params.cu_seqlens_k_new = tensors.cu_seqlens_k_new.as<int>();
+void set_addresses(FwdParams& params, const PreparedFwd::Addresses& at) {
+    params.out = at.out;
+    params.lse = static_cast<float*>(at.lse);
+    params.max_logits = static_cast<float*>(at.max_logits);
+    params.cu_seqlens_q = static_cast<const int*>(at.cu_seqlens_q);
+    params.cu_seqlens_k = static_cast<const int*>(at.cu_seqlens_k);
+    params.seqused_q = static_cast<const int*>(at.seqused_q);
+    params.seqused_k = static_cast<const int*>(at.seqused_k);
+    params.leftpad_k = static_cast<const int*>(at.leftpad_k);
+    params.cu_seqlens_k_new = static_cast<const int*>(at.cu_seqlens_k_new);
+    params.sink = at.sink;
+    params.status = static_cast<int*>(at.status);
 }
 
 }  // namespace
 
-void fwd(Kernel& kernel, const FwdTensors& tensors, const FwdOptions& options, const Place& place) {
-    const DeviceGuard guard(place.device);
-    const Function& function = kernel.on(place.device, place.stream);
+PreparedFwd::PreparedFwd(Kernel& kernel, const Tensors& tensors, const Options& options,
+                         const Place& place)
+    : function_(kernel.on(place.device, place.stream)),
+      device_(place.device),
+      grid_(options.grid),
+      dynamic_(options.dynamic) {
     const TensorView q = batched(tensors.q), k = batched(tensors.k), v = batched(tensors.v);
-    const int positions = function.abi.block_m / options.pack;
+    q_map_ = packed_map("q", options.dtype, q, options.pack, function_.abi.block_m / options.pack);
+    k_map_ = keys_map("k", options.dtype, k, options.block_n);
+    v_map_ = keys_map("v", options.dtype, v, options.block_n);
+    set_strides(params_, tensors, options.num_splits > 1);
+    set_scores(params_, options);
+    params_.out_dtype = options.out_dtype;
+    params_.sink_dtype = options.sink_dtype;
+    params_.batch = options.batch;
+    params_.seqlen_k_new = options.seqlen_k_new;
+    params_.seqlen_q = length("q", q.size[kRow]);
+    params_.seqlen_k = length("k", k.size[kRow]);
+    params_.num_heads = static_cast<int>(q.size[kHead]);
+    params_.num_heads_kv = static_cast<int>(k.size[kHead]);
+    params_.head_dim_v = static_cast<int>(v.size[kColumn]);
+    params_.pack = options.pack;
+    params_.num_m_blocks = options.num_m_blocks;
+    params_.num_splits = options.num_splits;
+    params_.heads_per_section = options.heads_per_section;
+}
 
-    FwdParams params{};
-    encode_packed(params.q_map, "q", options.dtype, q, options.pack, positions);
-    encode_keys(params.k_map, "k", options.dtype, k, options.block_n);
-    encode_keys(params.v_map, "v", options.dtype, v, options.block_n);
-    set_outputs(params, tensors, options);
-    set_lengths(params, tensors);
-    set_scores(params, options);
-    params.batch = options.batch;
-    params.seqlen_k_new = options.seqlen_k_new;
-    params.seqlen_q = length("q", q.size[kRow]);
-    params.seqlen_k = length("k", k.size[kRow]);
-    params.num_heads = static_cast<int>(q.size[kHead]);
-    params.num_heads_kv = static_cast<int>(k.size[kHead]);
-    params.head_dim_v = static_cast<int>(v.size[kColumn]);
-    params.pack = options.pack;
-    params.sink = tensors.sink.data;
-    params.sink_dtype = options.sink_dtype;
-    params.num_m_blocks = options.num_m_blocks;
-    params.num_splits = options.num_splits;
-    params.heads_per_section = options.heads_per_section;
-    params.tile_counter = options.dynamic ? tile_counter(place.device, place.stream) : nullptr;
-    launch(function, {.grid = {options.grid, 1, 1}}, place.stream, params);
+bool PreparedFwd::launch(const Addresses& at, CUstream stream) const {
+    if (!aligned({at.q, at.k, at.v, at.out})) return false;
+    const DeviceGuard guard(device_);
+    FwdParams params = params_;
+    encode_tensor_map(q_map_, at.q, params.q_map);
+    encode_tensor_map(k_map_, at.k, params.k_map);
+    encode_tensor_map(v_map_, at.v, params.v_map);
+    set_addresses(params, at);
+    params.tile_counter = dynamic_ ? tile_counter(device_, stream) : nullptr;
+    fa3::launch(function_, {.grid = {grid_, 1, 1}}, stream, params);
+    return true;
 }
 
 }  // namespace fa3

@@ -51,6 +51,7 @@ const Function& Kernel::on(int device, CUstream stream) {
     FA3_CHECK(device >= 0 && device < kMaxDevices, name_, ": device = ", device, "; expected 0 to ",
               kMaxDevices - 1);
     if (const Function* loaded = functions_[device].load(std::memory_order_acquire)) return *loaded;
+    const DeviceGuard guard(device);
     refuse_capture(name_, stream);
     const std::lock_guard lock(loading_);
     if (const Function* loaded = functions_[device].load(std::memory_order_acquire)) return *loaded;

@@ -32,7 +32,7 @@ class Kernel {
     Kernel(std::string name, std::string entry, std::vector<std::string> images);
 
     // Loads at the first call for a device, which must not be inside the capture of a CUDA graph on
-    // `stream`. The device's context is current. Any thread may call at any time.
+    // `stream`. Any thread may call at any time.
     const Function& on(int device, CUstream stream);
 
     const std::string& name() const { return name_; }

@@ -1,30 +1,29 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The operations: each fills the parameters of one kernel and launches it. Nothing here waits,
-// allocates or chooses.
+// The operations, in two steps: what sizes and strides decide is prepared once, then each call
+// gives addresses. Nothing here waits, allocates or chooses.
 #pragma once
 
 #include "hopper/params.h"
-#include "module.h"
+#include "launch.h"
+#include "tensor_map.h"
 
 namespace fa3 {
 
-struct Place {
-    int device;
-    CUstream stream;
-};
+// Tensors of an operation are fields of one type T, which Python fills from a tuple in their order:
+// TensorView to prepare, where addresses do not matter, and void* for a call. Absent is null.
 
-// Fields as in AttentionProblem of flash_attn3/problem.py; index tensors are int32, what is absent
-// is null.
-struct FwdTensors {
-    TensorView q;     // (b, s_q, h, d), or packed (t_q, h, d)
-    TensorView k, v;  // (b, s_k, h_kv, d | dv), or packed (t_k, h_kv, d | dv)
-    TensorView
-        out;  // (b, s_q, h, dv), or packed (t_q, h, dv); partial results have the splits in front
-    TensorView lse;  // (b, h, s_q), or packed (h, t_q); partial results have the splits in front
-    TensorView max_logits;  // (b, h), -inf
-    TensorView cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, leftpad_k;
-    TensorView cu_seqlens_k_new;
-    TensorView sink;  // (h,)
+// Names as in AttentionProblem of flash_attn3/problem.py; index tensors are int32.
+template <typename T>
+struct FwdTensorsOf {
+    T q;           // (b, s_q, h, d), or packed (t_q, h, d)
+    T k, v;        // (b, s_k, h_kv, d | dv), or packed (t_k, h_kv, d | dv)
+    T out;         // (b, s_q, h, dv), or packed (t_q, h, dv); partial results: the splits in front
+    T lse;         // (b, h, s_q), or packed (h, t_q); partial results: the splits in front
+    T max_logits;  // (b, h), -inf
+    T cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, leftpad_k;
+    T cu_seqlens_k_new;
+    T sink;    // (h,)
+    T status;  // (1,): what had to be clamped
 };
 
 struct FwdOptions {
@@ -40,11 +39,17 @@ struct FwdOptions {
     unsigned grid;
 };
 
-struct CombineTensors {
-    TensorView out_partial;  // (S, b, s, h, d) fp32
-    TensorView lse_partial;  // (S, b, s, h) fp32
-    TensorView out;          // (b, s, h, d), the stride of d is 1
-    TensorView lse;          // (b, s, h) fp32
+template <typename T>
+struct CombineTensorsOf {
+    T out_partial;  // (S, b, s, h, d) fp32
+    T lse_partial;  // (S, b, s, h) fp32
+    T out;          // (b, s, h, d), the stride of d is 1
+    T lse;          // (b, s, h) fp32
+};
+
+struct CombineOptions {
+    Dtype out_dtype;
+    unsigned max_grid;
 };
 
 // Of AppendProblem; q and q_out as well for a rotation of queries.
@@ -80,12 +85,58 @@ struct MergeOptions {
     unsigned max_grid;
 };
 
+// A device, and the stream that asks for the kernel there.
+struct Place {
+    int device;
+    CUstream stream;
+};
+
 void append_kv(Kernel& kernel, const AppendTensors& tensors, const AppendOptions& options,
                const Place& place);
 void merge_state(Kernel& kernel, const MergeTensors& tensors, const MergeOptions& options,
                  const Place& place);
-void fwd(Kernel& kernel, const FwdTensors& tensors, const FwdOptions& options, const Place& place);
-void combine(Kernel& kernel, const CombineTensors& tensors, Dtype out_dtype, unsigned max_grid,
-             const Place& place);
+
+class PreparedFwd {
+  public:
+    using Tensors = FwdTensorsOf<TensorView>;
+    using Addresses = FwdTensorsOf<void*>;
+    using Options = FwdOptions;
+
+    PreparedFwd(Kernel& kernel, const Tensors& tensors, const Options& options, const Place& place);
+
+    // False, and nothing is launched, where q, k, v or out lies at an address that is not a
+    // multiple of 16.
+    bool launch(const Addresses& at, CUstream stream) const;
+
+    const std::string& kernel() const { return function_.kernel; }
+
+  private:
+    const Function& function_;
+    const int device_;
+    const unsigned grid_;
+    const bool dynamic_;
+    FwdParams params_{};  // each launch gets a copy, with its addresses
+    TensorMapSpec q_map_, k_map_, v_map_;
+};
+
+class PreparedCombine {
+  public:
+    using Tensors = CombineTensorsOf<TensorView>;
+    using Addresses = CombineTensorsOf<void*>;
+    using Options = CombineOptions;
+
+    PreparedCombine(Kernel& kernel, const Tensors& tensors, const Options& options,
+                    const Place& place);
+
+    bool launch(const Addresses& at, CUstream stream) const;
+
+    const std::string& kernel() const { return function_.kernel; }
+
+  private:
+    const Function& function_;
+    const int device_;
+    unsigned grid_;
+    CombineParams params_{};
+};
 
 }  // namespace fa3

@@ -14,17 +14,18 @@ std::string text(const std::array<T, kMaxRank>& values, int rank) {
     return tuple_text(std::span(values.data(), rank));
 }
 
-std::string describe(const TensorMapSpec& spec) {
-    return concat("encoding the tensor map of ", spec.tensor, ": address ", spec.data,
-                  ", data type ", static_cast<int>(spec.type), " of ", spec.element_bytes,
-                  " bytes, size ", text(spec.size, spec.rank), ", stride ",
-                  text(spec.stride, spec.rank), " elements, box ", text(spec.box, spec.rank),
-                  ", swizzle ", static_cast<int>(spec.swizzle), " (innermost first)");
+std::string describe(const TensorMapSpec& spec, const void* data) {
+    return concat("encoding the tensor map of ", spec.tensor, ": address ", data, ", data type ",
+                  static_cast<int>(spec.type), " of ", spec.element_bytes, " bytes, size ",
+                  text(spec.size, spec.rank), ", stride ", text(spec.stride, spec.rank),
+                  " elements, box ", text(spec.box, spec.rank), ", swizzle ",
+                  static_cast<int>(spec.swizzle), " (innermost first)");
 }
 
 }  // namespace
 
-void encode_tensor_map(const TensorMapSpec& spec, CUtensorMap& map) {
+void encode_tensor_map(const TensorMapSpec& spec, const void* data, CUtensorMap& map) {
+    if (spec.rank == 0) return;
     FA3_CHECK(spec.rank >= 2 && spec.rank <= kMaxRank, "flash_attn3: rank = ", spec.rank, " of ",
               spec.tensor, "; expected 2 to ", kMaxRank);
     FA3_CHECK(spec.stride[0] == 1, "flash_attn3: innermost stride = ", spec.stride[0], " of ",
@@ -41,10 +42,10 @@ void encode_tensor_map(const TensorMapSpec& spec, CUtensorMap& map) {
         {spec.size[0], spec.size[1], spec.size[2], spec.size[3], spec.size[4]});
     FA3_DRIVER(
         cuTensorMapEncodeTiled,
-        (&map, spec.type, spec.rank, const_cast<void*>(spec.data), size.data(), stride_bytes.data(),
+        (&map, spec.type, spec.rank, const_cast<void*>(data), size.data(), stride_bytes.data(),
          spec.box.data(), kElementStrides.data(), CU_TENSOR_MAP_INTERLEAVE_NONE, spec.swizzle,
          CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE),
-        describe(spec));
+        describe(spec, data));
 }
 
 }  // namespace fa3

@@ -14,16 +14,15 @@ struct TensorMapSpec {
     const char* tensor;  // its name in errors
     CUtensorMapDataType type;
     int element_bytes;
-    const void* data;
-    int rank;
+    int rank;  // 0: an empty tensor, which has no map
     std::array<uint64_t, kMaxRank> size;
     std::array<int64_t, kMaxRank> stride;  // in elements; stride[0] is 1
     std::array<uint32_t, kMaxRank> box;    // one copy moves this many elements
     CUtensorMapSwizzle swizzle;
 };
 
-// Every size must be at least 1: an empty tensor has no map. Reads outside give 0. The map is
-// written in place, since GCC 12 misaligns temporaries of its type.
-void encode_tensor_map(const TensorMapSpec& spec, CUtensorMap& map);
+// Of the tensor at `data`; every size must be at least 1. Reads outside give 0. The map is written
+// in place, since GCC 12 misaligns temporaries of its type.
+void encode_tensor_map(const TensorMapSpec& spec, const void* data, CUtensorMap& map);
 
 }  // namespace fa3

@@ -16,6 +16,7 @@ L2_BYTES = 32 * 2**20  # of 50 MB: what K and V of the heads in work may fill
 MAX_SPLITS = 128
 ENOUGH_TILES = 0.8  # for each multiprocessor: more splits would gain nothing
 NEAR_BEST = 0.85  # of the efficiency that more splits would reach
+KEYS_STEP = 256  # bounds of key lengths count in these steps, so that decoding steps share what is prepared
 
 
 class FwdLaunch(NamedTuple):
@@ -46,6 +47,11 @@ def fwd_launch(p: AttentionProblem, variant: FwdVariant, num_multiprocessors: in
     return FwdLaunch(pack, num_m_blocks, num_splits, _heads_per_section(p, num_heads), dynamic, grid)
 
 
+def keys_bound(max_seqlen_k: int) -> int:
+    """What a bound counts as."""
+    return -(-max_seqlen_k // KEYS_STEP) * KEYS_STEP
+
+
 def _m_blocks(rows: int, pack: int, block_m: int) -> int:
     """Tiles that hold so many rows of `pack` heads."""
     return -(-rows // (block_m // pack))
@@ -60,7 +66,7 @@ def _packs(wanted: bool | None, rows: int, group: int, block_m: int) -> bool:
 
 def _heads_per_section(p: AttentionProblem, num_heads: int) -> int:
     """Heads whose keys and values fit into L2 together: a power of two."""
-    keys = min(p.max_seqlen_k, p.k.shape[-3])
+    keys = min(keys_bound(p.max_seqlen_k), p.k.shape[-3])
     bytes_of_head = keys * (p.head_dim + p.head_dim_v) * p.k.itemsize * p.num_heads_kv // num_heads
     fitting = max(1, L2_BYTES // max(1, bytes_of_head))
     return min(num_heads, 1 << (fitting.bit_length() - 1))
@@ -70,7 +76,7 @@ def _num_splits(p: AttentionProblem, num_tiles: int, block_n: int, num_multiproc
     """The choice of `num_splits=0`; with `batch_invariant` one, whatever else is in the batch."""
     if p.batch_invariant or num_tiles >= ENOUGH_TILES * num_multiprocessors:
         return 1
-    keys = min(p.max_seqlen_k, p.k.shape[-3])
+    keys = min(keys_bound(p.max_seqlen_k), p.k.shape[-3])
     if p.window_left >= 0 and p.window_right >= 0:
         keys = min(keys, p.max_seqlen_q + p.window_left + p.window_right)
     return _fewest_splits(num_tiles, -(-keys // block_n), num_multiprocessors)

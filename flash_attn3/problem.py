@@ -10,10 +10,22 @@ Q and K, dv head dim of V.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
+
+
+class derived:
+    """A property that `replay` finds once for all problems of a plan: it may stand among the attributes."""
+
+    def __init__(self, find: Callable[[Any], Any]):
+        self.find = find
+
+    def __get__(self, problem: Any, owner: type | None = None) -> Any:
+        return self if problem is None else self.find(problem)
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +78,8 @@ class AttentionProblem:
     return_max_logits: bool
     out_dtype: torch.dtype
 
+    DERIVED = ("out_shape", "lse_shape", "prepared")
+
     @property
     def batch(self) -> int:
         return self.q.shape[0] if self.cu_seqlens_q is None else self.cu_seqlens_q.shape[0] - 1
@@ -86,16 +100,21 @@ class AttentionProblem:
     def head_dim_v(self) -> int:
         return self.v.shape[-1]
 
-    @property
+    @derived
     def lse_shape(self) -> tuple[int, ...]:
         """(b, h, s_q) for dense q, (h, t_q) for packed q."""
         if self.cu_seqlens_q is None:
             return (self.q.shape[0], self.q.shape[2], self.q.shape[1])
         return (self.q.shape[1], self.q.shape[0])
 
-    @property
+    @derived
     def out_shape(self) -> tuple[int, ...]:
         return (*self.q.shape[:-1], self.v.shape[-1])
+
+    @derived
+    def prepared(self) -> dict[Any, Any]:
+        """What a backend prepared for all problems of a plan; the key says for which bounds. Holds no tensor."""
+        return {}
 
     def arguments(self) -> tuple:
         """The field values in order: the argument list of the op."""
@@ -124,6 +143,8 @@ class AppendProblem:
     k_descale: Tensor | None  # (b, h_kv) or (b, h_kv, blocks): 16-bit k into an e4m3 cache
     v_descale: Tensor | None
     rotary_interleaved: bool
+
+    DERIVED = ()
 
     def arguments(self) -> tuple:
         return tuple(getattr(self, field.name) for field in fields(self))

@@ -29,12 +29,15 @@ CONSTANTS = (type(None), bool, int, float, str)  # hashed by value, and cannot c
 
 Problem = AttentionProblem | AppendProblem
 
+_plans: list[dict[tuple, Plan]] = []  # of each function
+
 
 def replayed(fn: Callable[..., Call]) -> Callable[..., Result]:
     """Make a function that checks its arguments and returns a `Call` one that runs it."""
     signature = inspect.signature(fn)
     parameters = tuple(signature.parameters)
     plans: dict[tuple, Plan] = {}
+    _plans.append(plans)
 
     @functools.wraps(fn)
     def wrapper(*args, **kwargs):
@@ -102,7 +105,7 @@ class Template(NamedTuple):
         for name, position in self.bound:
             fields[name] = values[position]
         problem = object.__new__(self.kind)
-        problem.__dict__.update(fields)  # what the constructor of a frozen dataclass does, ten times faster
+        object.__setattr__(problem, "__dict__", fields)  # what the constructor does, ten times faster
         return problem
 
 
@@ -150,6 +153,7 @@ def _plan(call: Call, names: tuple[str, ...], values: tuple) -> Plan | None:
 
 
 def _template(problem: Problem, positions: dict[int, int], bounds: dict[str, int]) -> Template | None:
+    vars(problem).update((name, getattr(problem, name)) for name in problem.DERIVED)
     fields, bound = dict(vars(problem)), list(bounds.items())
     for name, x in fields.items():
         if isinstance(x, Tensor):

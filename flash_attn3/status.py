@@ -7,6 +7,7 @@ argument is set; the next call on the device raises once, without a synchronisat
 
 from __future__ import annotations
 
+import ctypes
 import threading
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from .errors import FlashAttn3ValueError, message
 
+# In the order of Argument in hopper/params.h.
 ARGUMENTS = (
     "cu_seqlens_q",
     "cu_seqlens_k",
@@ -30,6 +32,7 @@ BITS = {argument: 1 << index for index, argument in enumerate(ARGUMENTS)}
 
 _lock = threading.Lock()
 _words: dict[torch.device, Tensor] = {}
+_values: dict[torch.device, ctypes.c_int32] = {}  # their memory, which is read ten times faster so
 
 
 def _word(device: torch.device) -> Tensor:
@@ -38,6 +41,7 @@ def _word(device: torch.device) -> Tensor:
     if word is None:
         with _lock:
             word = _words.setdefault(device, torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda"))
+            _values[device] = ctypes.c_int32.from_address(word.data_ptr())
     return word
 
 
@@ -55,11 +59,11 @@ def note(argument: str) -> None:
 
 def raise_pending(device: torch.device) -> None:
     """Raise what an earlier call on `device` noted, once."""
-    word = _words.get(device)
-    if word is None or not (bits := int(word[0])):
+    value = _values.get(device)
+    if value is None or not (bits := value.value):
         return
     with _lock:
-        word.zero_()
+        value.value = 0
     names = ", ".join(argument for argument, bit in BITS.items() if bits & bit)
     expected = "lengths, offsets and page ids within the tensors they index"
     hint = f"The contents were clamped by an earlier call on {device}, whose result is defined but likely not meant"

@@ -223,6 +223,8 @@ struct Fwd {
                 v.advance();
             }
         }
+        // Last, since nobody waits for it.
+        note_clamps(p, (blockIdx.x * kGuards + warp) * 32 + lane, gridDim.x * kGuards * 32);
     }
 
     static __device__ void consume(const FwdParams& p, Smem& s, int warpgroup) {

@@ -15,6 +15,20 @@ namespace fa3 {
 
 enum class Dtype : int { bf16, fp16, fp32, e4m3 };
 
+// Index tensors, as bits of the status word; in the order of ARGUMENTS in flash_attn3/status.py.
+enum class Argument : int {
+    cu_seqlens_q,
+    cu_seqlens_k,
+    cu_seqlens_k_new,
+    seqused_q,
+    seqused_k,
+    leftpad_k,
+    page_table,
+    kv_batch_idx,
+    rotary_seqlens,
+    cp_tot_seqused_k
+};
+
 constexpr int kPanel = 64;        // columns of a box of a tensor map: 128 bytes, the swizzle
 constexpr int kChunk = 8;         // elements that a thread moves at once: 16 bytes of 16-bit types
 constexpr int kScaleBlock = 128;  // tokens of a sequence that share a descale
@@ -48,6 +62,7 @@ struct FwdParams {
     const int* seqused_k;     // [b], left padding included
     const int* leftpad_k;     // [b]
     const int* cu_seqlens_k_new;  // [b + 1]
+    int* status;  // a bit for each Argument of which something had to be clamped; may be null
 
     int batch, seqlen_q, seqlen_k, seqlen_k_new, num_heads, num_heads_kv, head_dim_v, pack;
 

@@ -3,7 +3,7 @@
 // tensors is touched.
 #pragma once
 
-#include "params.h"
+#include "status.cuh"
 
 namespace fa3 {
 
@@ -14,8 +14,14 @@ struct Extent {
     int batch, first, size;
 
     __device__ Extent(const int* cu_seqlens, int n, int length)
-        : batch(cu_seqlens ? 0 : n), first(cu_seqlens ? clamp(cu_seqlens[n], length) : 0) {
-        size = cu_seqlens ? max(clamp(cu_seqlens[n + 1], length) - first, 0) : length;
+        : Extent(cu_seqlens, n, length, Argument{}, Quiet{}) {}
+
+    template <typename Tell>
+    __device__ Extent(const int* cu_seqlens, int n, int length, Argument argument, const Tell& tell)
+        : batch(cu_seqlens ? 0 : n), first(0), size(length) {
+        if (!cu_seqlens) return;
+        first = clamp(cu_seqlens[n], 0, length, argument, tell);
+        size = clamp(cu_seqlens[n + 1], first, length, argument, tell) - first;
     }
 };
 
@@ -25,20 +31,38 @@ struct Sequence {
     int rows_written;         // these and the unused rows behind them, which are zeros
     int first_key, num_keys;
 
-    __device__ Sequence(const FwdParams& p, int n) {
-        const Extent q(p.cu_seqlens_q, n, p.seqlen_q), k(p.cu_seqlens_k, n, p.seqlen_k);
+    template <typename Tell = Quiet>
+    __device__ Sequence(const FwdParams& p, int n, const Tell& tell = {}) {
+        const Extent q(p.cu_seqlens_q, n, p.seqlen_q, Argument::cu_seqlens_q, tell);
+        const Extent k(p.cu_seqlens_k, n, p.seqlen_k, Argument::cu_seqlens_k, tell);
         q_batch = q.batch;
         first_row = q.first;
         rows_written = q.size;
-        num_rows = p.seqused_q ? clamp(p.seqused_q[n], q.size) : q.size;
+        num_rows = used(p.seqused_q, n, q.size, Argument::seqused_q, tell);
+        const int before = used(p.seqused_k, n, k.size, Argument::seqused_k, tell);
+        const int padding =
+            p.leftpad_k ? used(p.leftpad_k, n, before, Argument::leftpad_k, tell) : 0;
         const Extent fresh(p.cu_seqlens_k_new, n, p.cu_seqlens_k_new ? kUnbounded : p.seqlen_k_new);
-        const int used =
-            p.seqused_k ? min(clamp(p.seqused_k[n], k.size) + fresh.size, k.size) : k.size;
-        const int padding = p.leftpad_k ? clamp(p.leftpad_k[n], used) : 0;
+        const int slots = before + clamp(fresh.size, 0, k.size - before, Argument::seqused_k, tell);
         k_batch = k.batch;
         first_key = k.first + padding;
-        num_keys = used - padding;
+        num_keys = slots - padding;
+    }
+
+  private:
+    // Of `capacity` rows or keys.
+    template <typename Tell>
+    static __device__ int used(const int* lengths, int n, int capacity, Argument argument,
+                               const Tell& tell) {
+        return lengths ? clamp(lengths[n], 0, capacity, argument, tell) : capacity;
     }
 };
+
+// Tells the host of the sequences that had to be clamped, each looked at by one thread of the
+// launch: the others clamp in silence.
+__device__ inline void note_clamps(const FwdParams& p, int thread, int num_threads) {
+    if (!p.status) return;
+    for (int n = thread; n < p.batch; n += num_threads) Sequence(p, n, Noted{p.status});
+}
 
 }  // namespace fa3

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from .. import variants
@@ -22,12 +24,18 @@ def combine(out_partial: Tensor, lse_partial: Tensor, out: Tensor, lse: Tensor) 
         out_partial, lse_partial, out, lse = out_partial[:, None], lse_partial[:, None], out[None], lse[None]
     if launch.unobtainable(variants.COMBINE.name):
         return elsewhere.backend(out).combine(out_partial, lse_partial, out, lse)
-    device, stream = launch.place(out.device)
-    launch.module().combine(
+    tensors = (out_partial, lse_partial, out, lse)
+    launch.run(prepare_combine(*tensors), tensors, launch.stream(out.device))
+
+
+def prepare_combine(out_partial: Tensor, lse_partial: Tensor, out: Tensor, lse: Tensor) -> Any:
+    """The launch for tensors like these, with b."""
+    device = launch.number(out.device)
+    return launch.module().PreparedCombine(
         launch.kernel(variants.COMBINE),
-        *map(launch.view, (out_partial, lse_partial, out, lse)),
-        *launch.dtypes(out.dtype),
-        COMBINE_CTAS * launch.num_multiprocessors(device),
+        tuple(map(launch.view, (out_partial, lse_partial, out, lse))),
         device,
-        stream,
+        launch.stream(out.device),
+        out_dtype=launch.dtype(out.dtype),
+        max_grid=COMBINE_CTAS * launch.num_multiprocessors(device),
     )

@@ -1,72 +1,130 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The forward: chooses the kernel and its launch, allocates the partial results of splits."""
+"""The forward: chooses the kernel and its launch once for all problems of the same metadata, allocates the partial
+results of splits."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import heuristics, variants
+from .. import heuristics, status, variants
 from ..problem import AttentionProblem
 from . import launch
-from .combine import combine
+from .combine import combine, prepare_combine
+
+MAX_PREPARED = 64  # of one problem: it is launched anew where the bounds of its lengths differ
+INDEX_TENSORS = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "leftpad_k")
+
+
+class Prepared(NamedTuple):
+    """All that metadata and bounds decide. Holds no tensor of a call."""
+
+    forward: Any  # _C.PreparedFwd; None where a tensor has to be copied first
+    status: Tensor | None
+    num_splits: int
+    merge: Any  # _C.PreparedCombine; None without splits, and where another backend merges
 
 
 def fwd(p: AttentionProblem, out: Tensor, lse: Tensor, max_logits: Tensor | None) -> None:
-    """Write out (p.out_shape), lse (p.lse_shape) and, unless None, max_logits (b, h)."""
+    """Write out (p.out_shape), lse (p.lse_shape) and, unless None, max_logits (b, h).
+
+    `out` has the strides of the first call with `p.prepared`.
+    """
+    bounds = ("fwd", p.max_seqlen_q, heuristics.keys_bound(p.max_seqlen_k))
+    prepared = p.prepared.get(bounds)
     if max_logits is not None:
         max_logits.fill_(-math.inf)
-    if p.batch == 0:  # then packed rows belong to no sequence
-        out.zero_()
-        lse.fill_(-math.inf)
-    if p.batch == 0 or lse.numel() == 0:
-        return
-    variant = variants.select(p)
-    device, stream = launch.place(p.q.device)
-    plan = heuristics.fwd_launch(p, variant, launch.num_multiprocessors(device))
-    if plan.num_splits == 1:
-        written = out if launch.takes(out) else torch.empty_like(out, memory_format=torch.contiguous_format)
-        written_lse = lse
+    if prepared is None:
+        if p.batch == 0:  # then packed rows belong to no sequence
+            out.zero_()
+            lse.fill_(-math.inf)
+        if p.batch == 0 or lse.numel() == 0:
+            return
+        if len(p.prepared) >= MAX_PREPARED:
+            p.prepared.clear()
+        prepared = p.prepared[bounds] = _prepare(p, out, lse, max_logits)
+    stream = launch.stream(p.q.device)
+    if prepared.num_splits == 1:
+        written, written_lse = out, lse
     else:
-        written = out.new_empty((plan.num_splits, *out.shape), dtype=torch.float32)
-        written_lse = lse.new_empty((plan.num_splits, *lse.shape))
-    cached = p.seqused_k is not None and p.cu_seqlens_k is None
-    q, k, v = (
-        launch.taken(p.q),
-        launch.taken(p.k, "k_cache" if cached else None),
-        launch.taken(p.v, "v_cache" if cached else None),
-    )
-    launch.module().fwd(
-        launch.kernel(variant),
-        launch.view(q),
-        launch.view(k),
-        launch.view(v),
-        launch.view(written),
-        launch.view(written_lse),
-        launch.view(max_logits),
-        launch.view(p.cu_seqlens_q),
-        launch.view(p.cu_seqlens_k),
-        launch.view(p.seqused_q),
-        launch.view(p.seqused_k),
-        launch.view(p.leftpad_k),
-        launch.view(p.cu_seqlens_k_new),
-        launch.view(p.s_aux),
-        *launch.dtypes(p.q.dtype, written.dtype, torch.float32 if p.s_aux is None else p.s_aux.dtype),
-        p.softmax_scale,
-        p.softcap,
-        p.window_left,
-        p.window_right,
-        p.attention_chunk,
-        p.batch,
-        p.seqlen_k_new,
-        variant.block_n,
-        *plan,
-        device,
-        stream,
-    )
-    if plan.num_splits > 1:
+        written = out.new_empty((prepared.num_splits, *out.shape), dtype=torch.float32)
+        written_lse = lse.new_empty((prepared.num_splits, *lse.shape))
+    tensors = _tensors(p, written, written_lse, max_logits, prepared.status)
+    if prepared.forward is None or not launch.run(prepared.forward, tensors, stream):
+        return _on_copies(p, out, lse, max_logits)
+    if prepared.merge is not None:
+        launch.run(prepared.merge, (written, written_lse, out, lse), stream)
+    elif prepared.num_splits > 1:
         combine(written, written_lse.transpose(-1, -2), out, lse.transpose(-1, -2))
-    elif written is not out:
+
+
+def _tensors(
+    p: AttentionProblem, out: Tensor, lse: Tensor, max_logits: Tensor | None, word: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """The fields of FwdTensorsOf in csrc/ops.h."""
+    return (
+        p.q,
+        p.k,
+        p.v,
+        out,
+        lse,
+        max_logits,
+        p.cu_seqlens_q,
+        p.cu_seqlens_k,
+        p.seqused_q,
+        p.seqused_k,
+        p.leftpad_k,
+        p.cu_seqlens_k_new,
+        p.s_aux,
+        word,
+    )
+
+
+def _prepare(p: AttentionProblem, out: Tensor, lse: Tensor, max_logits: Tensor | None) -> Prepared:
+    variant = variants.select(p)
+    device = launch.number(p.q.device)
+    plan = heuristics.fwd_launch(p, variant, launch.num_multiprocessors(device))
+    if not all(map(launch.fit, (p.q, p.k, p.v))) or (plan.num_splits == 1 and not launch.fit(out)):
+        return Prepared(None, None, 1, None)
+    written, written_lse, merge = out, lse, None
+    if plan.num_splits > 1:
+        written = out.new_empty((plan.num_splits, *out.shape), dtype=torch.float32, device="meta")
+        written_lse = lse.new_empty((plan.num_splits, *lse.shape), device="meta")
+        if not launch.unobtainable(variants.COMBINE.name):
+            merge = prepare_combine(written, written_lse.transpose(-1, -2), out, lse.transpose(-1, -2))
+    # Without an index tensor nothing is ever clamped.
+    word = None if all(getattr(p, name) is None for name in INDEX_TENSORS) else status.device_word(p.q.device)
+    forward = launch.module().PreparedFwd(
+        launch.kernel(variant),
+        tuple(map(launch.view, _tensors(p, written, written_lse, max_logits, word))),
+        device,
+        launch.stream(p.q.device),
+        dtype=launch.dtype(p.q.dtype),
+        out_dtype=launch.dtype(written.dtype),
+        sink_dtype=launch.dtype(torch.float32 if p.s_aux is None else p.s_aux.dtype),
+        softmax_scale=p.softmax_scale,
+        softcap=p.softcap,
+        window_left=p.window_left,
+        window_right=p.window_right,
+        attention_chunk=p.attention_chunk,
+        batch=p.batch,
+        seqlen_k_new=p.seqlen_k_new,
+        block_n=variant.block_n,
+        **plan._asdict(),
+    )
+    return Prepared(forward, word, plan.num_splits, merge)
+
+
+def _on_copies(p: AttentionProblem, out: Tensor, lse: Tensor, max_logits: Tensor | None) -> None:
+    """`fwd` where kernels cannot take a tensor as it lies."""
+    cached = p.seqused_k is not None and p.cu_seqlens_k is None
+    q = launch.taken(p.q)
+    k, v = launch.taken(p.k, "k_cache" if cached else None), launch.taken(p.v, "v_cache" if cached else None)
+    written = out if launch.takes(out) else torch.empty_like(out, memory_format=torch.contiguous_format)
+    fwd(replace(p, q=q, k=k, v=v), written, lse, max_logits)
+    if written is not out:
         out.copy_(written)

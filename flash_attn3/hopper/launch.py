@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import build, extension, variants
 from ..build import toolchain
-from ..errors import ToolchainError
+from ..errors import ToolchainError, UnsupportedError
 from ..variants import Variant
 
 ALIGNMENT = 16  # bytes, of addresses and strides that the copy engine takes
@@ -46,6 +46,11 @@ def module() -> ModuleType:
 
 @functools.cache
 def kernel(variant: Variant) -> Any:
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        raise UnsupportedError(
+            f"flash_attn3: {variant.name} would be loaded inside the capture of a CUDA graph; run "
+            "flash_attn3.warmup(fn, *args) once, with the same arguments, before the capture"
+        )
     artifact = build.artifact(variant)
     return module().Kernel(variant.name, variant.entry, [artifact.cubin, artifact.ptx])
 
@@ -61,20 +66,42 @@ def dtypes(*dtypes: torch.dtype) -> tuple:
     return tuple(getattr(module().Dtype, names[dtype]) for dtype in dtypes)
 
 
+def dtype(of: torch.dtype) -> Any:
+    return dtypes(of)[0]
+
+
 def place(device: torch.device) -> tuple[int, int]:
     """The device's number and the address of its current stream."""
-    if device.type == "cpu":
-        return 0, 0
-    return device.index, torch._C._cuda_getCurrentRawStream(device.index)
+    return number(device), stream(device)
+
+
+def number(device: torch.device) -> int:
+    return 0 if device.type == "cpu" else device.index
+
+
+def stream(device: torch.device) -> int:
+    """The address of the current stream."""
+    return 0 if device.type == "cpu" else torch._C._cuda_getCurrentRawStream(device.index)
 
 
 def view(x: Tensor | None) -> tuple | None:
     return None if x is None else (x.data_ptr(), x.shape, x.stride())
 
 
+def run(prepared: Any, tensors: tuple[Tensor | None, ...], stream: int) -> bool:
+    """Launch on `tensors`, which have the metadata that the launch was prepared for; False, and nothing is launched,
+    where one lies at an address that the kernel cannot take."""
+    return prepared.launch(tuple([None if x is None else x.data_ptr() for x in tensors]), stream)
+
+
+def fit(x: Tensor) -> bool:
+    """Whether the strides of `x` are fit for the copy engine."""
+    return _fit(x.shape, x.stride(), x.element_size())
+
+
 def takes(x: Tensor) -> bool:
-    """Whether kernels take `x` as it lies: its address and strides are fit for the copy engine."""
-    return x.data_ptr() % ALIGNMENT == 0 and _fit(x.shape, x.stride(), x.element_size())
+    """Whether kernels take `x` as it lies."""
+    return x.data_ptr() % ALIGNMENT == 0 and fit(x)
 
 
 @functools.lru_cache(1024)

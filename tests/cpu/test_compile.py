@@ -3,11 +3,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 import torch
-from torch._dynamo.eval_frame import _debug_get_cache_entry_list
 
 import flash_attn3
 from flash_attn3 import (
@@ -22,6 +21,7 @@ from flash_attn3 import (
 )
 from flash_attn3.flash_attn_interface import _flash_attn_backward, _flash_attn_forward
 from flash_attn3.testing import bitwise_equal, offsets
+from tests.compiling import Compiled, empty_dynamo
 
 pytestmark = pytest.mark.unpoisoned  # Dynamo would trace into the patched torch.empty
 HALF = torch.bfloat16
@@ -29,51 +29,12 @@ HALF = torch.bfloat16
 
 @pytest.fixture(autouse=True)
 def fresh_dynamo() -> Iterator[None]:
-    """No guard that sizes which happened to be equal at first stay equal: what is left are guards of this package."""
-    torch._dynamo.reset()
-    with torch.fx.experimental._config.patch(use_duck_shape=False):
+    with empty_dynamo():
         yield
-    torch._dynamo.reset()
 
 
 def int32(*values: int) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int32)
-
-
-class Compiled:
-    """`fn` compiled without graph breaks; compares each call with eager, gradients too, and counts compilations."""
-
-    def __init__(self, fn: Callable, **options) -> None:
-        self.fn = fn
-        self.compiled = torch.compile(fn, fullgraph=True, backend="aot_eager", **options)
-
-    def check(self, *inputs) -> None:
-        results = [self._run(fn, inputs) for fn in (self.fn, self.compiled)]
-        assert len(results[0]) == len(results[1])
-        for eager, compiled in zip(*results, strict=True):
-            assert bitwise_equal(eager, compiled)
-
-    @property
-    def compilations(self) -> int:
-        return len(_debug_get_cache_entry_list(self.fn))
-
-    @staticmethod
-    def _run(fn: Callable, inputs) -> list[torch.Tensor]:
-        """Results, gradients, and the inputs afterwards."""
-        copies = [
-            x.detach().clone().requires_grad_(x.requires_grad) if isinstance(x, torch.Tensor) else x for x in inputs
-        ]
-        result = fn(*copies)
-        results = [x for x in (result if isinstance(result, tuple) else (result,)) if isinstance(x, torch.Tensor)]
-        differentiable = [x for x in results if x.requires_grad]
-        if differentiable:
-            sum(x.float().cos().sum() for x in differentiable).backward()
-        tensors = [x for x in copies if isinstance(x, torch.Tensor)]
-        return (
-            [x.detach() for x in results]
-            + [x.grad for x in tensors if x.grad is not None]
-            + [x.detach() for x in tensors]
-        )
 
 
 def dense(batch: int, s_q: int, s_k: int, h: int = 4, h_kv: int = 2, d: int = 16) -> list[torch.Tensor]:

@@ -86,10 +86,16 @@ class Instruction(NamedTuple):
 class Driver:
     """The simulator with an initialised context."""
 
+    function = Function
+
     def __init__(self, library: Path | None = None) -> None:
         self.library = ctypes.CDLL(str(library or build()))
         self.library.hopper_sim_report.restype = ctypes.c_char_p
         self.library.hopper_sim_unsupported.restype = ctypes.c_char_p
+        self.attach()
+
+    def attach(self) -> None:
+        """Makes the context of the first device current."""
         self.call("cuInit", 0)
         context = ctypes.c_void_p()
         self.call("cuDevicePrimaryCtxRetain", ctypes.byref(context), 0)
@@ -134,7 +140,7 @@ class Driver:
         module, function = ctypes.c_void_p(), ctypes.c_void_p()
         self.call("cuModuleLoadData", ctypes.byref(module), ctypes.c_char_p(ptx.encode()))
         self.call("cuModuleGetFunction", ctypes.byref(function), module, name.encode())
-        return Function(self, function)
+        return self.function(self, function)
 
     def tensor_map(
         self,

@@ -4,6 +4,9 @@
 `mutants()` lists the changes of a PTX text, `policies()` the schedules that a kernel is run under, and `survey()` runs
 every mutant until one schedule ends in an alarm, a hang or a wrong result. A warning is an alarm too: the kernel itself
 should give none. Those that survive have to stand, with the reason, in mutants/KERNEL.txt.
+
+A mutant is named after what is changed and the text of its source line, not its number: the list outlives edits of
+other lines.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from pathlib import Path
 from .driver import Driver, Instruction
 
 FOLDER = Path(__file__).parent / "mutants"
+HARDWARE_LAYER = "sm90"  # folder of functions of one instruction each
 CLASSES = ("equivalent", "not executed", "not visible in PTX", "redundant", "unknown")
 
 # Deletes a whole instruction.
@@ -39,10 +43,15 @@ Prepare = Callable[[str], Run]
 
 @dataclass(frozen=True)
 class Mutant:
-    name: str  # "delete bar.sync #2": stable while no synchronisation comes or goes
-    line: int
-    source: str
+    change: str  # "delete bar.sync"
+    place: str  # the text of the source line
+    copy: int  # of this line, which inlining and unrolling repeat, from 1 on
+    line: int  # of the PTX
     ptx: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.change} at `{self.place}` #{self.copy}"
 
 
 @dataclass
@@ -129,17 +138,28 @@ def changes(instructions: list[Instruction]) -> Iterator[tuple[str, Instruction,
             yield f"{opcode} after the barrier", instruction, following.end + 1, swapped
 
 
-def mutants(driver: Driver, ptx: str, kernel: str) -> list[Mutant]:
-    """Every change of a synchronisation of one kernel."""
+def mutants(driver: Driver, ptx: str, kernel: str, sources: Path) -> list[Mutant]:
+    """Every change of a synchronisation of one kernel, whose source files lie in `sources`."""
     instructions = [i for i in driver.instructions(ptx) if i.kernel == kernel]
-    counts: Counter[str] = Counter()
+    copies: Counter[tuple[str, str]] = Counter()
     found = []
-    for name, first, end, text in changes(instructions):
-        counts[name] += 1
-        lines = "\n" * ptx[first.begin : end].count("\n")  # what follows keeps its line
-        changed = ptx[: first.begin] + text.replace("\n", " ") + lines + ptx[end:]
-        found.append(Mutant(f"{name} #{counts[name]}", first.line, first.source, changed))
+    for change, first, end, text in changes(instructions):
+        line = place(first.source, sources)
+        copies[change, line] += 1
+        breaks = "\n" * ptx[first.begin : end].count("\n")  # what follows keeps its line
+        changed = ptx[: first.begin] + text.replace("\n", " ") + breaks + ptx[end:]
+        found.append(Mutant(change, line, copies[change, line], first.line, changed))
     return found
+
+
+def place(chain: str, sources: Path) -> str:
+    """The text of the innermost line, of those inlined into each other, that is not part of the hardware layer."""
+    for entry in chain.split(" < "):
+        name, _, number = entry.rpartition(":")
+        file = sources / name
+        if file.is_file() and file.parent.name != HARDWARE_LAYER:
+            return file.read_text().splitlines()[int(number) - 1].strip()
+    return "?"
 
 
 def executed_lines(driver: Driver, run: Run) -> set[int]:
@@ -206,14 +226,27 @@ def survey(driver: Driver, prepare: Prepare, changed: Iterable[Mutant], schedule
     return result
 
 
-def known_survivors(kernel: str) -> dict[str, tuple[str, str]]:
-    """Mutant -> class and proof, from mutants/KERNEL.txt with lines "class | mutant | proof"."""
-    path = FOLDER / f"{kernel}.txt"
-    known = {}
-    for line in path.read_text().splitlines() if path.exists() else ():
-        if line and not line.startswith("#"):
-            group, name, proof = (part.strip() for part in line.split("|"))
-            if group not in CLASSES or not proof:
-                raise ValueError(f"{path}: a class of {CLASSES} and a proof are needed: {line}")
-            known[name] = (group, proof)
-    return known
+class Known:
+    """The survivors in mutants/KERNEL.txt: "class | mutant | proof"; without "#copy" a line is for all copies."""
+
+    def __init__(self, kernel: str) -> None:
+        path = FOLDER / f"{kernel}.txt"
+        self.classes: dict[str, str] = {}
+        for line in path.read_text().splitlines():
+            if line and not line.startswith("#"):
+                group, _, rest = line.partition(" | ")
+                name, _, proof = rest.rpartition(" | ")
+                if group not in CLASSES or not name or not proof:
+                    raise ValueError(f"{path}: a class of {CLASSES}, a mutant and a proof are needed: {line}")
+                self.classes[name] = group
+
+    def group(self, mutant: Mutant) -> str | None:
+        return self.classes.get(mutant.name) or self.classes.get(self.line(mutant))
+
+    def unused(self, mutants: Iterable[Mutant]) -> set[str]:
+        """Entries for which there is no mutant any more."""
+        return self.classes.keys() - {name for mutant in mutants for name in (mutant.name, self.line(mutant))}
+
+    @staticmethod
+    def line(mutant: Mutant) -> str:
+        return mutant.name.rpartition(" #")[0]

@@ -11,36 +11,25 @@ import ctypes
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from torch import Tensor
 
-from flash_attn3 import env, extension, runtime
-from flash_attn3.build import sources, toolchain
-from flash_attn3.errors import ToolchainError
+from flash_attn3 import env, extension, replay, runtime
 from flash_attn3.hopper import launch
-from flash_attn3.variants import FwdVariant
+from flash_attn3.variants import Variant
 from tests import hopper_sim
+from tests.sim import missing
 
 FOLDER = Path(__file__).parent
+AT_ONCE = ("append_kv", "merge_state")  # operations that are not prepared
 VARIABLE = "FLASH_ATTN3_LIBCUDA"
-
-
-def _missing() -> str | None:
-    """What tests of kernels need and this machine lacks."""
-    if hopper_sim.compiler() is None:
-        return "the simulator is compiled with g++, which is not on PATH"
-    try:
-        toolchain.find()
-        sources.cutlass_folder()
-    except ToolchainError as error:
-        return str(error)
-    return extension.unavailable_reason()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     simulated = [item for item in items if FOLDER in item.path.parents and "simulator" in item.fixturenames]
-    if simulated and (reason := _missing()):
+    if simulated and (reason := missing.for_launches()):
         for item in simulated:
             item.add_marker(pytest.mark.skip(reason=reason))
 
@@ -64,27 +53,34 @@ def simulator(simulated_driver: hopper_sim.Driver, monkeypatch: pytest.MonkeyPat
     """The simulator with default options; a launch may touch the tensors that it was given and no other memory."""
     driver = simulated_driver
     driver.reset()
+    for plans in replay._plans:  # which know the number of multiprocessors, that tests change
+        plans.clear()
     given: list[Tensor] = []
-    view = launch.view
+    view, run = launch.view, launch.run
 
-    def noted(x: Tensor | None) -> tuple | None:
-        if x is not None:
-            given.append(x)
+    def viewed(x: Tensor | None) -> tuple | None:
+        given.extend([] if x is None or x.is_meta else [x])
         return view(x)
+
+    def noted(prepared: Any, tensors: tuple[Tensor | None, ...], stream: int) -> bool:
+        given.extend(x for x in tensors if x is not None)
+        return run(prepared, tensors, stream)
 
     @ctypes.CFUNCTYPE(None)
     def on_launch() -> None:
-        for x in given:
+        while given:  # threads may add to it meanwhile
+            x = given.pop()
             driver.register(x.data_ptr(), extent(x), f"{str(x.dtype).removeprefix('torch.')}{tuple(x.shape)}")
-        given.clear()
 
-    monkeypatch.setattr(launch, "view", noted)
-    monkeypatch.setattr(launch, "num_multiprocessors", launch.num_multiprocessors.__wrapped__)  # tests change it
+    monkeypatch.setattr(launch, "view", viewed)
+    monkeypatch.setattr(launch, "run", noted)
+    monkeypatch.setattr(launch, "num_multiprocessors", launch.num_multiprocessors.__wrapped__)
     driver.library.hopper_sim_on_launch(on_launch)
     yield driver
     report = driver.report()
+    driver.library.hopper_sim_on_launch(None)
     driver.reset()
-    warnings = [warning for launch in report["launches"] for warning in launch["warnings"]]
+    warnings = [warning for one in report["launches"] for warning in one["warnings"]]
     assert not warnings, warnings[0]
 
 
@@ -92,13 +88,18 @@ def simulator(simulated_driver: hopper_sim.Driver, monkeypatch: pytest.MonkeyPat
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the kernels that calls launch."""
     names: list[str] = []
-    kernel = launch.kernel
+    kernel, run = launch.kernel, launch.run
 
-    def noted(variant: FwdVariant):
-        names.append(variant.name)
+    def looked_up(variant: Variant) -> Any:
+        names.extend([variant.name] if variant.operation in AT_ONCE else [])
         return kernel(variant)
 
-    monkeypatch.setattr(launch, "kernel", noted)
+    def noted(prepared: Any, tensors: tuple[Tensor | None, ...], stream: int) -> bool:
+        names.append(prepared.kernel)
+        return run(prepared, tensors, stream)
+
+    monkeypatch.setattr(launch, "kernel", looked_up)
+    monkeypatch.setattr(launch, "run", noted)
     return names
 
 

@@ -10,29 +10,16 @@ import toy
 from launchers import VARIABLE, Launcher, Recorder, compile_library
 from toy import ToyVariant
 
-from flash_attn3 import build, extension
-from flash_attn3.build import sources, toolchain
-from flash_attn3.errors import ToolchainError
+from flash_attn3 import build
 from tests import hopper_sim
+from tests.sim import missing
 
 FOLDER = Path(__file__).parent
 
 
-def _missing() -> str | None:
-    """What these tests need and this machine lacks."""
-    if hopper_sim.compiler() is None:
-        return "the simulator is compiled with g++, which is not on PATH"
-    try:
-        toolchain.find()
-        sources.cutlass_folder()
-    except ToolchainError as error:
-        return str(error)
-    return extension.unavailable_reason()
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     own = [item for item in items if item.path.parent == FOLDER]
-    if own and (reason := _missing()):
+    if own and (reason := missing.for_launches()):
         for item in own:
             item.add_marker(pytest.mark.skip(reason=reason))
 

@@ -9,29 +9,18 @@ from pathlib import Path
 import pytest
 
 from flash_attn3.build import sources, toolchain
-from flash_attn3.errors import ToolchainError
 from tests import hopper_sim
+from tests.sim import missing
 
 FOLDER = Path(__file__).parent
 
 
-def missing(item: pytest.Item) -> str | None:
-    """What a test of this folder needs and this machine lacks."""
-    if hopper_sim.compiler() is None:
-        return "the simulator is compiled with g++, which is not on PATH"
-    if "compiled" in item.fixturenames:
-        try:
-            toolchain.find()
-            sources.cutlass_folder()
-        except ToolchainError as error:
-            return str(error)
-    return None
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if FOLDER in item.path.parents and (reason := missing(item)):
-            item.add_marker(pytest.mark.skip(reason=reason))
+        if FOLDER in item.path.parents:
+            lacking = missing.for_compiled_kernels if "compiled" in item.fixturenames else missing.for_simulator
+            if reason := lacking():
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(scope="session")

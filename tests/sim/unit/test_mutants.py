@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pipeline
 import pytest
@@ -12,6 +13,7 @@ from tests.hopper_sim import Driver, mutate
 
 KERNEL = "pipeline"
 WARPS = 12
+SOURCES = Path(__file__).parent / "kernels"
 
 
 @pytest.fixture
@@ -39,12 +41,12 @@ def test_every_mutant_is_caught(driver: Driver, text: str) -> None:
     run = prepare(driver)(text)
     schedules = mutate.policies(driver, run, WARPS)
     executed = mutate.executed_lines(driver, run)
-    mutants = mutate.mutants(driver, text, KERNEL)
-    known = mutate.known_survivors(KERNEL)
+    mutants = mutate.mutants(driver, text, KERNEL, SOURCES)
+    known = mutate.Known(KERNEL)
     assert {mutant.line for mutant in mutants} <= executed
-    assert set(known) <= {mutant.name for mutant in mutants}
-    assert "unknown" not in {group for group, _ in known.values()}
-    result = mutate.survey(driver, prepare(driver), [m for m in mutants if m.name not in known], schedules)
+    assert not known.unused(mutants) and "unknown" not in known.classes.values()
+    unknown = [mutant for mutant in mutants if known.group(mutant) is None]
+    result = mutate.survey(driver, prepare(driver), unknown, schedules)
     assert [mutant.name for mutant in result.survivors] == []
     assert len(result.caught) > 100
 
@@ -52,6 +54,6 @@ def test_every_mutant_is_caught(driver: Driver, text: str) -> None:
 @pytest.mark.slow
 def test_known_survivors_survive(driver: Driver, text: str) -> None:
     schedules = mutate.policies(driver, prepare(driver)(text), WARPS)
-    known = mutate.known_survivors(KERNEL)
-    mutants = [mutant for mutant in mutate.mutants(driver, text, KERNEL) if mutant.name in known]
+    known = mutate.Known(KERNEL)
+    mutants = [m for m in mutate.mutants(driver, text, KERNEL, SOURCES) if known.group(m)]
     assert mutate.survey(driver, prepare(driver), mutants, schedules).caught == {}

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What the host does in a call whose like has been checked before: it allocates the outputs, and launches."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from cases import BACKEND
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import flash_attn3
+from flash_attn3 import ops
+from flash_attn3.testing import bitwise_equal
+
+hopper_fwd = sys.modules["flash_attn3.hopper.fwd"]  # the package has a function of this name
+pytestmark = pytest.mark.unpoisoned
+ALLOCATION = "aten.new_empty.default"
+
+
+class Seen(TorchDispatchMode):
+    """Every operator of torch, such as one that allocates, copies or reads an element."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operators: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        self.operators[str(operator)] += 1
+        return operator(*args, **(kwargs or {}))
+
+
+def int32(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def calls() -> dict[str, tuple[Callable[[], Any], int]]:
+    """A call, and how many tensors it has to allocate."""
+    shapes = ((2, 1, 4, 64), (2, 300, 2, 64), (2, 300, 2, 64))
+    q, k, v = (torch.randn(shape).bfloat16() for shape in shapes)
+    rows = [x.flatten(0, 1) for x in (q, k, v)]
+    dense = partial(flash_attn3.flash_attn_func, q, k, v, causal=True, backend=BACKEND)
+    varlen = partial(flash_attn3.flash_attn_varlen_func, *rows, int32(0, 1, 2), int32(0, 300, 600), 1, 300)
+    cached = partial(
+        flash_attn3.flash_attn_with_kvcache, q, k, v, cache_seqlens=int32(100, 300), causal=True, backend=BACKEND
+    )
+    return {
+        "dense": (dense, 2),
+        "varlen": (partial(varlen, causal=True, backend=BACKEND), 2),
+        "given out": (partial(dense, out=torch.empty_like(q)), 1),
+        "cached": (partial(cached, num_splits=1), 2),
+        "split": (partial(cached, num_splits=3), 4),  # and the partial results
+        "heuristic": (partial(cached, num_splits=0), 4),
+    }
+
+
+@pytest.mark.parametrize("name", calls())
+def test_nothing_but_outputs_is_allocated_and_nothing_is_read(name: str, simulator, monkeypatch) -> None:
+    """A read would wait for the device."""
+    call, allocations = calls()[name]
+    with torch.no_grad():
+        expected = call()
+        monkeypatch.setattr(ops, "is_plain", lambda: True)  # the mode below is to see what a call without it does
+        with Seen() as seen:
+            result = call()
+    assert seen.operators == Counter({ALLOCATION: allocations})
+    assert bitwise_equal(result, expected)
+
+
+def test_a_replayed_call_prepares_nothing(simulator, monkeypatch) -> None:
+    for call, _ in calls().values():
+        expected = call()
+        with monkeypatch.context() as patch:
+            patch.setattr(hopper_fwd, "_prepare", None)
+            assert bitwise_equal(call(), expected)
+
+
+def test_bounds_that_grow_by_steps_share_what_is_prepared(simulator, monkeypatch) -> None:
+    prepared = []
+    prepare = hopper_fwd._prepare
+    monkeypatch.setattr(hopper_fwd, "_prepare", lambda p, *rest: prepared.append(p.max_seqlen_k) or prepare(p, *rest))
+    cached = calls()["cached"][0]
+    for max_seqlen_k in (290, 291, 300, 512, 513):
+        cached(max_seqlen_k=max_seqlen_k)
+    assert prepared == [290, 513]
+
+
+def test_misaligned_tensors_of_a_known_kind(simulator) -> None:
+    """Their metadata is that of a call which was prepared, and the kernel cannot take them."""
+    q, k, v = (torch.randn(2, 70, 2, 64).bfloat16() for _ in range(3))
+    expected = flash_attn3.flash_attn_func(q, k, v, backend=BACKEND)
+    for name in ("q", "k", "v"):
+        x = {"q": q, "k": k, "v": v}
+        x[name] = torch.cat([x[name].new_zeros(1), x[name].flatten()])[1:].view(q.shape)
+        assert bitwise_equal(flash_attn3.flash_attn_func(**x, backend=BACKEND), expected)
+    out = torch.zeros(q.numel() + 1, dtype=q.dtype)[1:].view(q.shape)
+    for _ in range(2):
+        flash_attn3.flash_attn_func(q, k, v, out=out.zero_(), backend=BACKEND)
+        assert bitwise_equal(out, expected)
