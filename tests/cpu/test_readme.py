@@ -24,14 +24,28 @@ def blocks(page: str, language: str) -> list[str]:
     return [code for found, code in fenced if found == language]
 
 
+SYSTEMS = ("SGLang", "vLLM", "DeepSpeed-FastGen", "gpt-fast", "S-LoRA")
+
+
+def serving_engines(page: str = README) -> list[str]:
+    """The code of the section for serving engines, a block for each system."""
+    (section,) = re.findall(r"^## For serving engines\n(.*?)^## ", page, re.DOTALL | re.MULTILINE)
+    assert re.findall(r"^\*\*([\w-]+)\.\*\*", section, re.MULTILINE) == list(SYSTEMS)
+    return blocks(section, "python")
+
+
+@pytest.mark.unpoisoned  # Dynamo would trace into the patched torch.empty
 def test_python_blocks_run_one_after_the_other() -> None:
     first, *others = [code for code in blocks(README, "python") if "integrations" not in code]
     names: dict = {}
     exec(first, names)
     assert names["out"].shape == (2, 1024, 16, 64)
     for code in others:
+        names |= {name: torch.full((), torch.nan) for name in ("out", "buffer")}
         exec(code, names)
-    assert names["lengths"].tolist() == [3, 3] and names["out"].isfinite().all()
+        assert names["out"].isfinite().all() or names["buffer"].isfinite().all()
+    assert set(serving_engines()) < set(others) and len(serving_engines()) == len(SYSTEMS)
+    assert names["lengths"].tolist() == [3, 3]
     assert names["cache_k"][:, :3].ne(0).any(-1).all() and not names["cache_k"][:, 3:].any()
 
 
