@@ -87,9 +87,11 @@ void read(Keywords& from, FwdOptions& options) {
     FA3_READ(window_left);
     FA3_READ(window_right);
     FA3_READ(attention_chunk);
+    FA3_READ(cp_world_size);
+    FA3_READ(cp_rank);
     FA3_READ(batch);
     FA3_READ(seqlen_k_new);
-    FA3_READ(block_n);
+    FA3_READ(box_keys);
     FA3_READ(pack);
     FA3_READ(num_m_blocks);
     FA3_READ(num_splits);

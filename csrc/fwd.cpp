@@ -47,10 +47,11 @@ TensorMapSpec packed_map(const char* tensor, Dtype dtype, const TensorView& x, i
                      {x.size[kBatch], x.stride[kBatch]}});
 }
 
-TensorMapSpec keys_map(const char* tensor, Dtype dtype, const TensorView& x, int block_n) {
+TensorMapSpec keys_map(const char* tensor, Dtype dtype, const TensorView& x, int box_keys) {
+    if (box_keys == 0) return {};
     return map_spec(tensor, dtype,
                     {{x.size[kColumn], 1, kPanel},
-                     {x.size[kRow], x.stride[kRow], block_n},
+                     {x.size[kRow], x.stride[kRow], box_keys},
                      {x.size[kHead], x.stride[kHead]},
                      {x.size[kBatch], x.stride[kBatch]}});
 }
@@ -87,6 +88,24 @@ void set_strides(FwdParams& params, const PreparedFwd::Tensors& tensors, bool sp
     params.lse_head_stride = lse.stride[2];
 }
 
+void set_strides(KeyTensor& keys, const TensorView& x) {
+    keys.page_stride = x.stride[kBatch];
+    keys.row_stride = x.stride[kRow];
+    keys.head_stride = x.stride[kHead];
+}
+
+// Where slots lie: in batch entries of k, or in pages.
+void set_slots(FwdParams& params, const TensorView& k, const TensorView& table) {
+    const bool paged = table.rank > 0;
+    params.cache_rows = static_cast<int>(paged ? table.size[0] : k.size[kBatch]);
+    params.seqlen_k = length("k", paged ? table.size[1] * k.size[kRow] : k.size[kRow]);
+    if (!paged) return;
+    params.page_table_stride = table.stride[0];
+    params.page_size = static_cast<int>(k.size[kRow]);
+    params.num_pages = static_cast<int>(k.size[kBatch]);
+    if (params.num_pages == 0) params.seqlen_k = 0;
+}
+
 void set_scores(FwdParams& params, const FwdOptions& options) {
     const double scale = options.softmax_scale, softcap = options.softcap;
     params.scale_log2 = positive((softcap > 0 ? softcap : scale) * std::numbers::log2e);
@@ -94,6 +113,8 @@ void set_scores(FwdParams& params, const FwdOptions& options) {
     params.window_left = window_side(options.window_left);
     params.window_right = window_side(options.window_right);
     params.attention_chunk = options.attention_chunk;
+    params.cp_world_size = options.cp_world_size;
+    params.cp_rank = options.cp_rank;
 }
 
 void set_addresses(FwdParams& params, const PreparedFwd::Addresses& at) {
@@ -106,6 +127,11 @@ void set_addresses(FwdParams& params, const PreparedFwd::Addresses& at) {
     params.seqused_k = static_cast<const int*>(at.seqused_k);
     params.leftpad_k = static_cast<const int*>(at.leftpad_k);
     params.cu_seqlens_k_new = static_cast<const int*>(at.cu_seqlens_k_new);
+    params.kv_batch_idx = static_cast<const int*>(at.kv_batch_idx);
+    params.page_table = static_cast<const int*>(at.page_table);
+    params.cp_tot_seqused_k = static_cast<const int*>(at.cp_tot_seqused_k);
+    params.k.data = at.k;
+    params.v.data = at.v;
     params.sink = at.sink;
     params.status = static_cast<int*>(at.status);
 }
@@ -120,8 +146,11 @@ PreparedFwd::PreparedFwd(Kernel& kernel, const Tensors& tensors, const Options& 
       dynamic_(options.dynamic) {
     const TensorView q = batched(tensors.q), k = batched(tensors.k), v = batched(tensors.v);
     q_map_ = packed_map("q", options.dtype, q, options.pack, function_.abi.block_m / options.pack);
-    k_map_ = keys_map("k", options.dtype, k, options.block_n);
-    v_map_ = keys_map("v", options.dtype, v, options.block_n);
+    k_map_ = keys_map("k", options.dtype, k, options.box_keys);
+    v_map_ = keys_map("v", options.dtype, v, options.box_keys);
+    set_strides(params_.k, k);
+    set_strides(params_.v, v);
+    set_slots(params_, k, tensors.page_table);
     set_strides(params_, tensors, options.num_splits > 1);
     set_scores(params_, options);
     params_.out_dtype = options.out_dtype;
@@ -129,9 +158,10 @@ PreparedFwd::PreparedFwd(Kernel& kernel, const Tensors& tensors, const Options& 
     params_.batch = options.batch;
     params_.seqlen_k_new = options.seqlen_k_new;
     params_.seqlen_q = length("q", q.size[kRow]);
-    params_.seqlen_k = length("k", k.size[kRow]);
+    params_.box_keys = options.box_keys;
     params_.num_heads = static_cast<int>(q.size[kHead]);
     params_.num_heads_kv = static_cast<int>(k.size[kHead]);
+    params_.head_dim = static_cast<int>(q.size[kColumn]);
     params_.head_dim_v = static_cast<int>(v.size[kColumn]);
     params_.pack = options.pack;
     params_.num_m_blocks = options.num_m_blocks;
@@ -144,8 +174,8 @@ bool PreparedFwd::launch(const Addresses& at, CUstream stream) const {
     const DeviceGuard guard(device_);
     FwdParams params = params_;
     encode_tensor_map(q_map_, at.q, params.q_map);
-    encode_tensor_map(k_map_, at.k, params.k_map);
-    encode_tensor_map(v_map_, at.v, params.v_map);
+    encode_tensor_map(k_map_, at.k, params.k.map);
+    encode_tensor_map(v_map_, at.v, params.v.map);
     set_addresses(params, at);
     params.tile_counter = dynamic_ ? tile_counter(device_, stream) : nullptr;
     fa3::launch(function_, {.grid = {grid_, 1, 1}}, stream, params);

@@ -16,24 +16,28 @@ namespace fa3 {
 template <typename T>
 struct FwdTensorsOf {
     T q;           // (b, s_q, h, d), or packed (t_q, h, d)
-    T k, v;        // (b, s_k, h_kv, d | dv), or packed (t_k, h_kv, d | dv)
+    T k, v;        // (b, s_k, h_kv, d | dv), packed (t_k, h_kv, d | dv), or pages
+                   // (num_pages, page_size, h_kv, d | dv)
     T out;         // (b, s_q, h, dv), or packed (t_q, h, dv); partial results: the splits in front
     T lse;         // (b, h, s_q), or packed (h, t_q); partial results: the splits in front
     T max_logits;  // (b, h), -inf
     T cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, leftpad_k;
     T cu_seqlens_k_new;
-    T sink;    // (h,)
-    T status;  // (1,): what had to be clamped
+    T kv_batch_idx;      // (b,)
+    T page_table;        // (b | rows, pages), the stride of pages is 1
+    T cp_tot_seqused_k;  // (b,)
+    T sink;              // (h,)
+    T status;            // (1,): what had to be clamped
 };
 
 struct FwdOptions {
     Dtype dtype, out_dtype, sink_dtype;
     float softmax_scale, softcap;
     int window_left, window_right;  // -1: unbounded
-    int attention_chunk;
+    int attention_chunk, cp_world_size, cp_rank;
     int batch;
-    int seqlen_k_new;                                       // keys appended to each sequence
-    int block_n;                                            // of the kernel
+    int seqlen_k_new;  // keys appended to each sequence
+    int box_keys;      // that the copy engine takes at once; 0: the kernel's threads copy rows
     int pack, num_m_blocks, num_splits, heads_per_section;  // see FwdParams
     bool dynamic;                                           // tiles are handed out one by one
     unsigned grid;

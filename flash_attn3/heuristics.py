@@ -66,7 +66,7 @@ def _packs(wanted: bool | None, rows: int, group: int, block_m: int) -> bool:
 
 def _heads_per_section(p: AttentionProblem, num_heads: int) -> int:
     """Heads whose keys and values fit into L2 together: a power of two."""
-    keys = min(keys_bound(p.max_seqlen_k), p.k.shape[-3])
+    keys = min(keys_bound(p.max_seqlen_k), p.key_capacity)
     bytes_of_head = keys * (p.head_dim + p.head_dim_v) * p.k.itemsize * p.num_heads_kv // num_heads
     fitting = max(1, L2_BYTES // max(1, bytes_of_head))
     return min(num_heads, 1 << (fitting.bit_length() - 1))
@@ -76,7 +76,7 @@ def _num_splits(p: AttentionProblem, num_tiles: int, block_n: int, num_multiproc
     """The choice of `num_splits=0`; with `batch_invariant` one, whatever else is in the batch."""
     if p.batch_invariant or num_tiles >= ENOUGH_TILES * num_multiprocessors:
         return 1
-    keys = min(keys_bound(p.max_seqlen_k), p.k.shape[-3])
+    keys = min(keys_bound(p.max_seqlen_k), p.key_capacity)
     if p.window_left >= 0 and p.window_right >= 0:
         keys = min(keys, p.max_seqlen_q + p.window_left + p.window_right)
     return _fewest_splits(num_tiles, -(-keys // block_n), num_multiprocessors)

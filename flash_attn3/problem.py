@@ -100,6 +100,12 @@ class AttentionProblem:
     def head_dim_v(self) -> int:
         return self.v.shape[-1]
 
+    @property
+    def key_capacity(self) -> int:
+        """Slots of a sequence, or all packed ones."""
+        pages = 1 if self.page_table is None else self.page_table.shape[1]
+        return pages * self.k.shape[-3]
+
     @derived
     def lse_shape(self) -> tuple[int, ...]:
         """(b, h, s_q) for dense q, (h, t_q) for packed q."""

@@ -8,6 +8,7 @@ and GQA are run-time values of one and the same kernel. Nothing here imports tor
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, ClassVar
 
@@ -67,7 +68,7 @@ class FwdVariant(Variant):
     block_m: int = 128  # query rows of a tile, 64 for each consumer warpgroup
     block_n: int = 128  # keys of a tile
     stages: int = 2  # tiles of K, and of V, in shared memory
-    kv_source: str = "tma"
+    kv_source: str = "tma"  # "cp_async": for pages that no box of the copy engine fits
     ping_pong: bool = True  # consumer warpgroups take turns at the tensor cores
 
     @property
@@ -132,6 +133,7 @@ class MergeVariant(Variant):
 # Keys of a tile by (head_dim, head_dim_v): as many as fit, with two stages and no spill, into 227 KB of shared memory
 # and 240 registers of a thread. One for all masks and all sizes of the query tile, which therefore move no bits.
 BLOCK_N = {(64, 64): 128, (96, 96): 128, (128, 128): 128, (192, 128): 128, (192, 192): 112, (256, 256): 80}
+SWIZZLE_ROWS = 8  # of 128 bytes, the period of the swizzle in shared memory
 SMALL_TILE = 64  # query rows, for calls that have no more of them: half the work of a tile of 128
 
 
@@ -143,10 +145,12 @@ MERGE_STATE = MergeVariant()
 @functools.cache
 def fwd_variants() -> tuple[FwdVariant, ...]:
     return tuple(
-        FwdVariant(dtype, d, dv, block_m, block_n, ping_pong=block_m > SMALL_TILE)
+        FwdVariant(dtype, d, dv, block_m, block_n, kv_source=kv_source, ping_pong=block_m > SMALL_TILE)
+        for kv_source in ("tma", "cp_async")
         for dtype in ("bf16", "fp16")
         for (d, dv), block_n in BLOCK_N.items()
         for block_m in (SMALL_TILE, 128)
+        if kv_source == "tma" or block_m == SMALL_TILE or dv <= 128  # else consumers leave producers no registers
     )
 
 
@@ -165,7 +169,23 @@ def select(p: AttentionProblem) -> FwdVariant | None:
     rows = p.q.shape[1] if p.cu_seqlens_q is None else min(p.max_seqlen_q, p.q.shape[0])
     if p.pack_gqa is not False:
         rows *= p.num_heads // max(1, p.num_heads_kv)
-    return _select(p.q.dtype, p.q.shape[-1], p.v.shape[-1], rows <= SMALL_TILE)
+    page_size = None if p.page_table is None else p.k.shape[1]
+    padded_pages = page_size is not None and p.leftpad_k is not None
+    return _select(p.q.dtype, p.q.shape[-1], p.v.shape[-1], rows <= SMALL_TILE, page_size, padded_pages)
+
+
+def box_keys(p: AttentionProblem, variant: FwdVariant) -> int:
+    """Keys that the copy engine takes at once, for they lie in one page; 0 where threads copy rows."""
+    if variant.kv_source != "tma":
+        return 0
+    return variant.block_n if p.page_table is None else math.gcd(variant.block_n, p.k.shape[1])
+
+
+def _kv_source(block_n: int, page_size: int | None, padded_pages: bool) -> str:
+    """How keys are loaded. A box lies in one page, at a period of the swizzle: not if a padding shifts keys."""
+    if page_size is None:
+        return "tma"
+    return "cp_async" if padded_pages or math.gcd(block_n, page_size) < SWIZZLE_ROWS else "tma"
 
 
 def supports(p: AttentionProblem) -> bool:
@@ -197,16 +217,19 @@ any_name._dynamo_marked_constant = True  # see runtime.py
 
 
 @functools.cache
-def _select(dtype: torch.dtype, head_dim: int, head_dim_v: int, small: bool) -> FwdVariant | None:
+def _select(
+    dtype: torch.dtype, head_dim: int, head_dim_v: int, small: bool, page_size: int | None, padded_pages: bool
+) -> FwdVariant | None:
     held = held_in(head_dim, head_dim_v)
+    rows = SMALL_TILE if small else 128
     able = (
         variant
         for variant in fwd_variants()
         if variant.dtype == DTYPES.get(str(dtype))
         and (variant.head_dim, variant.head_dim_v) == held
-        and (variant.block_m == SMALL_TILE) == small
+        and variant.kv_source == _kv_source(variant.block_n, page_size, padded_pages)
     )
-    return next(able, None)
+    return min(able, key=lambda variant: abs(variant.block_m - rows), default=None)
 
 
 @functools.cache

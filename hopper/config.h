@@ -7,7 +7,10 @@
 
 namespace fa3 {
 
-enum class KvSource { tma };
+enum class KvSource {
+    tma,       // boxes of the copy engine
+    cp_async,  // rows, by the threads of the producer warpgroup: for pages that no box fits
+};
 
 // Fields in the order of FwdVariant in flash_attn3/variants.py.
 struct FwdConfig {
@@ -25,8 +28,13 @@ struct FwdConfig {
     // Of a thread, after setmaxnreg: together what the launch gives, 65536 / threads() to each.
     // With one consumer warpgroup that is the most a thread can have, and there is nothing to move.
     constexpr bool moves_registers() const { return consumers() > 1; }
-    constexpr int producer_registers() const { return consumers() == 3 ? 32 : 24; }
-    constexpr int consumer_registers() const { return consumers() == 3 ? 160 : 240; }
+    constexpr int producer_registers() const {
+        return consumers() == 3 ? 32 : threads_copy() ? 72 : 24;
+    }
+    constexpr int consumer_registers() const {
+        return consumers() == 3 ? 160 : threads_copy() ? 216 : 240;
+    }
+    constexpr bool threads_copy() const { return kv_source == KvSource::cp_async; }
     constexpr int panels() const { return (head_dim + kPanel - 1) / kPanel; }
     constexpr int panels_v() const { return (head_dim_v + kPanel - 1) / kPanel; }
 };

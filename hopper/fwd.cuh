@@ -1,15 +1,18 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // The forward: out = softmax(scale Q K^T) V, a tile of query rows at a time.
 //
-// Warp 0 is the producer: one thread of it loads by the copy engine. Warps 1 to 3 are guards, which
-// look for values that a mask must hide. The other warpgroups are consumers, 64 query rows each.
+// Warp 0 is the producer, which loads by the copy engine. Warps 1 to 3 are guards, which look for
+// values that a mask must hide. With cp.async warps 0 to 3 are both. The other warpgroups are
+// consumers, 64 query rows each.
 // README.md draws the schedule.
 #pragma once
 
 #include "config.h"
 #include "epilogue.cuh"
 #include "isolate.cuh"
+#include "kv_source.cuh"
 #include "mask.cuh"
+#include "ring.cuh"
 #include "scheduler.cuh"
 #include "seqlen.cuh"
 #include "sm90/mbarrier.cuh"
@@ -19,18 +22,6 @@
 #include "softmax.cuh"
 
 namespace fa3 {
-
-// Where a role stands in a ring of stages. A barrier's phases are counted by the uses of its stage,
-// never by tiles.
-template <int kStages>
-struct Ring {
-    int stage = 0;
-    unsigned phase = 0;  // parity of this use of the stage
-
-    __device__ void advance() {
-        if (++stage == kStages) stage = 0, phase ^= 1;
-    }
-};
 
 // A tile, and what all roles must agree on.
 template <int kBlockM, int kBlockN>
@@ -77,7 +68,9 @@ struct Turns {
 template <FwdConfig C>
 struct Fwd {
     static constexpr int kM = C.block_m, kN = C.block_n, kStages = C.stages;
-    static constexpr int kConsumers = C.consumers(), kConsumerWarps = 4 * kConsumers, kGuards = 3;
+    static constexpr int kConsumers = C.consumers(), kConsumerWarps = 4 * kConsumers;
+    static constexpr bool kThreadsCopy = C.threads_copy();
+    static constexpr int kGuards = kThreadsCopy ? 4 : 3;
     static constexpr int kPanels = C.panels(), kPanelsV = C.panels_v();
     static constexpr bool kMovesRegisters = C.moves_registers();
     static constexpr int kProducerRegisters = C.producer_registers();
@@ -93,11 +86,14 @@ struct Fwd {
 
     using Element = unsigned short;
     using Barrier = sm90::Mbarrier;
+    using Places = cute::conditional_t<kThreadsCopy, typename RowLoader<kN>::Places, BoxPlaces<kN>>;
+    static constexpr int kArrivals = kThreadsCopy ? 128 : 1;  // at k_full, v_full, beside bytes
 
     struct Smem {
         alignas(1024) Element q[kPanels][kM][kPanel];
         alignas(1024) Element k[kStages][kPanels][kN][kPanel];
         alignas(1024) Element v[kStages][kPanelsV][kN][kPanel];
+        Places places;
         NextTile next;
         Barrier q_full, q_empty;
         Barrier k_full[kStages], k_empty[kStages];
@@ -112,14 +108,17 @@ struct Fwd {
         const int warp = sm90::uniform(threadIdx.x / 32);
         if (warp == 0 && sm90::elect()) {
             sm90::init(s.next.full, 1);
-            sm90::init(s.next.empty, kConsumerWarps + kGuards);
+            sm90::init(s.next.empty, kConsumerWarps + 3);
             sm90::init(s.q_full, 1);
             sm90::init(s.q_empty, kConsumerWarps);
+            if constexpr (!kThreadsCopy) {
+                for (sm90::Mbarrier& found : s.places.found) sm90::init(found, 1);
+            }
             for (int i = 0; i < kStages; ++i) {
-                sm90::init(s.k_full[i], 1);
-                sm90::init(s.v_full[i], 1);
+                sm90::init(s.k_full[i], kArrivals);
+                sm90::init(s.v_full[i], kArrivals);
                 sm90::init(s.k_empty[i], kConsumerWarps);
-                sm90::init(s.v_empty[i], kConsumerWarps + kGuards);
+                sm90::init(s.v_empty[i], kConsumerWarps + (kThreadsCopy ? 0 : kGuards));
                 sm90::init(s.v_inspected[i], kGuards);
             }
             sm90::fence_init();
@@ -134,7 +133,9 @@ struct Fwd {
         __syncthreads();
         if (warp < 4) {
             if constexpr (kMovesRegisters) sm90::give_registers<kProducerRegisters>();
-            if (warp > 0) {
+            if constexpr (kThreadsCopy) {
+                produce_rows(p, s, warp);
+            } else if (warp > 0) {
                 guard(p, s, warp - 1);
             } else if (sm90::elect()) {
                 produce(p, s);
@@ -145,10 +146,11 @@ struct Fwd {
         }
     }
 
+    // By one thread.
     static __device__ void produce(const FwdParams& p, Smem& s) {
-        using sm90::CacheHint;
         unsigned q_phase = 0;
         Ring<kStages> k, v;
+        Ring<Places::kSlots> places_k, places_v;
         for (TileSource tiles; tiles.any(p);) {
             const Work<kM, kN> work(p, tiles.index);
             const KeyBlocks& blocks = work.blocks;
@@ -159,33 +161,26 @@ struct Fwd {
             }
             const int head_kv = work.tile.head * p.pack / (p.num_heads / p.num_heads_kv);
             const auto load_k = [&](int n) {
+                if (p.page_table) sm90::wait(s.places.found[places_k.stage], places_k.phase);
                 sm90::wait(s.k_empty[k.stage], k.phase ^ 1);
                 sm90::arrive_expect(s.k_full[k.stage], sizeof(s.k[0]));
-                for (int i = 0; i < kPanels; ++i) {
-                    sm90::load(p.k_map, s.k_full[k.stage], CacheHint::EVICT_LAST, s.k[k.stage][i],
-                               i * kPanel, work.seq.first_key + n * kN, head_kv, work.seq.k_batch);
-                }
+                load_boxes(p, p.k, work.seq, head_kv, n, s.places, places_k.stage, s.k[k.stage],
+                           s.k_full[k.stage]);
                 k.advance();
+                places_k.advance();
             };
             const auto load_v = [&](int n) {
                 sm90::wait(s.v_empty[v.stage], v.phase ^ 1);
                 sm90::arrive_expect(s.v_full[v.stage], sizeof(s.v[0]));
-                for (int i = 0; i < kPanelsV; ++i) {
-                    sm90::load(p.v_map, s.v_full[v.stage], CacheHint::EVICT_LAST, s.v[v.stage][i],
-                               i * kPanel, work.seq.first_key + n * kN, head_kv, work.seq.k_batch);
-                }
+                load_boxes(p, p.v, work.seq, head_kv, n, s.places, places_v.stage, s.v[v.stage],
+                           s.v_full[v.stage]);
                 v.advance();
+                places_v.advance();
             };
             // K first, since the consumers let go of Q last; V lags one block behind K, as they
             // need it.
             load_k(blocks.hi - 1);
-            sm90::wait(s.q_empty, q_phase ^ 1);
-            q_phase ^= 1;
-            sm90::arrive_expect(s.q_full, kPanels * work.positions * p.pack * kRowBytes);
-            for (int i = 0; i < kPanels; ++i) {
-                sm90::load(p.q_map, s.q_full, CacheHint::EVICT_FIRST, s.q[i], i * kPanel, 0,
-                           work.seq.first_row + work.position, work.tile.head, work.seq.q_batch);
-            }
+            load_q(p, s, work, q_phase);
             for (int n = blocks.hi - 2; n >= blocks.lo; --n) {
                 load_k(n);
                 load_v(n + 1);
@@ -195,36 +190,118 @@ struct Fwd {
         }
     }
 
+    static __device__ void load_q(const FwdParams& p, Smem& s, const Work<kM, kN>& work,
+                                  unsigned& phase) {
+        sm90::wait(s.q_empty, phase ^ 1);
+        phase ^= 1;
+        sm90::arrive_expect(s.q_full, kPanels * work.positions * p.pack * kRowBytes);
+        for (int i = 0; i < kPanels; ++i) {
+            sm90::load(p.q_map, s.q_full, sm90::CacheHint::EVICT_FIRST, s.q[i], i * kPanel, 0,
+                       work.seq.first_row + work.position, work.tile.head, work.seq.q_batch);
+        }
+    }
+
     // A mask hides keys of a block from some rows of the tile, and the sequence's end from all:
     // there V must be finite, or the consumers must know that it is not.
-    static __device__ void guard(const FwdParams& p, Smem& s, int warp) {
-        const int lane = threadIdx.x % 32;
-        clear_uncovered_rows(p, kM / p.pack, blockIdx.x * kGuards + warp, gridDim.x * kGuards,
-                             lane);
+    static __device__ void guard(const FwdParams& p, Smem& s, int guard) {
+        clear_uncovered(p, guard);
         Ring<kStages> v, inspected;
+        Ring<Places::kSlots> slot;
         for (TileSource tiles; tiles.any(p); tiles.advance(p, s.next)) {
             const Work<kM, kN> work(p, tiles.index);
-            for (int n = work.blocks.hi - 1; n >= work.blocks.lo; --n) {
+            const KeyBlocks& blocks = work.blocks;
+            const auto find = [&](int n) {
+                if (p.page_table && guard == 0 && n >= blocks.lo)
+                    s.places.find(p, work.seq, n, slot);
+            };
+            if (!blocks.empty()) find(blocks.hi - 1);
+            find(blocks.hi - 2);
+            for (int n = blocks.hi - 1; n >= blocks.lo; --n) {
+                find(n - 2);
                 sm90::wait(s.v_full[v.stage], v.phase);
-                if (work.blocks.cut(n)) {
-                    const bool found = inspect_values<C.dtype>(
-                        s.v[v.stage], work.seq.num_keys - n * kN, warp * 32 + lane, kGuards * 32);
-                    sm90::fence_async_proxy();  // wgmma will read zeros that were written
-                    const bool any = __any_sync(0xffffffff, found);
-                    __syncwarp();  // a vote orders no memory
-                    if (lane == 0) {
-                        s.v_non_finite[inspected.stage][warp] = any;
-                        sm90::arrive(s.v_inspected[inspected.stage]);
-                    }
-                    inspected.advance();
-                }
+                if (blocks.cut(n)) inspect(s, work, n, v, inspected, guard);
                 // Of every block: a guard that fell behind would mistake one phase for another.
-                if (lane == 0) sm90::arrive(s.v_empty[v.stage]);
+                if (threadIdx.x % 32 == 0) sm90::arrive(s.v_empty[v.stage]);
                 v.advance();
             }
         }
-        // Last, since nobody waits for it.
-        note_clamps(p, (blockIdx.x * kGuards + warp) * 32 + lane, gridDim.x * kGuards * 32);
+        note_clamped(p, guard);
+    }
+
+    // Producer and guards in one: four warps copy, and look at V one block behind its load.
+    static __device__ void produce_rows(const FwdParams& p, Smem& s, int warp) {
+        const bool leader = warp == 0 && sm90::elect();  // draws tiles, loads Q
+        unsigned q_phase = 0;
+        Ring<kStages> k, v, looked_at, inspected;
+        clear_uncovered(p, warp);
+        for (TileSource tiles; tiles.any(p);) {
+            const Work<kM, kN> work(p, tiles.index);
+            const KeyBlocks& blocks = work.blocks;
+            const int drawn = leader ? tiles.draw(p) : 0;
+            const auto look_at = [&](int n) {
+                if (n >= blocks.hi) return;
+                if (blocks.cut(n)) {
+                    sm90::wait(s.v_full[looked_at.stage], looked_at.phase);
+                    inspect(s, work, n, looked_at, inspected, warp);
+                }
+                looked_at.advance();
+            };
+            if (!blocks.empty()) {
+                const int head_kv = work.tile.head * p.pack / (p.num_heads / p.num_heads_kv);
+                RowLoader<kN> loader(p, s.places, work.seq, head_kv, warp, blocks);
+                for (int n = blocks.hi - 1; n >= blocks.lo - 1; --n) {
+                    loader.advance(n);
+                    if (n >= blocks.lo) {
+                        sm90::wait(s.k_empty[k.stage], k.phase ^ 1);
+                        loader.load(p.k, p.head_dim, n, s.k[k.stage], s.k_full[k.stage]);
+                        k.advance();
+                    }
+                    if (n == blocks.hi - 1) {
+                        if (leader) load_q(p, s, work, q_phase);
+                        continue;
+                    }
+                    sm90::wait(s.v_empty[v.stage], v.phase ^ 1);
+                    loader.load(p.v, p.head_dim_v, n + 1, s.v[v.stage], s.v_full[v.stage]);
+                    v.advance();
+                    look_at(n + 2);
+                }
+                look_at(blocks.lo);
+            }
+            if (warp == 0) {
+                if (leader) tiles.publish(p, s.next, drawn);
+                tiles.index = sm90::broadcast(tiles.index, leader);
+            } else {
+                tiles.advance(p, s.next);
+            }
+        }
+        note_clamped(p, warp);
+    }
+
+    static __device__ void clear_uncovered(const FwdParams& p, int guard) {
+        clear_uncovered_rows(p, kM / p.pack, blockIdx.x * kGuards + guard, gridDim.x * kGuards,
+                             threadIdx.x % 32);
+    }
+
+    // Last of all, since nobody waits for it.
+    static __device__ void note_clamped(const FwdParams& p, int guard) {
+        note_clamps(p, (blockIdx.x * kGuards + guard) * 32 + threadIdx.x % 32,
+                    gridDim.x * kGuards * 32);
+    }
+
+    // Of V[n], which is there.
+    static __device__ void inspect(Smem& s, const Work<kM, kN>& work, int n, const Ring<kStages>& v,
+                                   Ring<kStages>& inspected, int guard) {
+        const int lane = threadIdx.x % 32;
+        const bool found = inspect_values<C.dtype>(s.v[v.stage], work.seq.num_keys - n * kN,
+                                                   guard * 32 + lane, kGuards * 32);
+        sm90::fence_async_proxy();  // wgmma will read zeros that were written
+        const bool any = __any_sync(0xffffffff, found);
+        __syncwarp();  // a vote orders no memory
+        if (lane == 0) {
+            s.v_non_finite[inspected.stage][guard] = any;
+            sm90::arrive(s.v_inspected[inspected.stage]);
+        }
+        inspected.advance();
     }
 
     static __device__ void consume(const FwdParams& p, Smem& s, int warpgroup) {
@@ -294,12 +371,20 @@ struct Fwd {
                     for (int i = 0; i < kN / 4; ++i)
                         probabilities[i] = sm90::pack<C.dtype>(acc_s[2 * i], acc_s[2 * i + 1]);
                 };
-                const auto step = [&](int n, auto&& hide_keys) {
+                const auto await_k = [&] {
                     sm90::wait(s.k_full[k.stage], k.phase);
+                    if constexpr (kThreadsCopy) sm90::fence_async_proxy();
+                };
+                const auto await_v = [&] {
+                    sm90::wait(s.v_full[v.stage], v.phase);
+                    if constexpr (kThreadsCopy) sm90::fence_async_proxy();
+                };
+                const auto step = [&](int n, auto&& hide_keys) {
+                    await_k();
                     turns.await();
                     issue_qk();
                     if constexpr (kLateRescale) rescale(acc_o, softmax.alpha);
-                    sm90::wait(s.v_full[v.stage], v.phase);
+                    await_v();
                     issue_pv();
                     turns.pass();
                     sm90::mma_wait<1>();
@@ -317,8 +402,9 @@ struct Fwd {
                 // After it, V[n] is finite; what was not has been added to the rows that see it.
                 const auto isolate = [&](int n) {
                     sm90::wait(s.v_inspected[inspected.stage], inspected.phase);
-                    const bool (&found)[kGuards] = s.v_non_finite[inspected.stage];
-                    if (found[0] || found[1] || found[2]) {
+                    bool found = false;
+                    for (int i = 0; i < kGuards; ++i) found |= s.v_non_finite[inspected.stage][i];
+                    if (found) {
                         sm90::wait(s.v_full[v.stage], v.phase);
                         if constexpr (kLateRescale) {  // infinities must not meet a factor of 0
                             rescale(acc_o, softmax.alpha);
@@ -336,7 +422,7 @@ struct Fwd {
 
                 sm90::wait(s.q_full, q_phase);
                 q_phase ^= 1;
-                sm90::wait(s.k_full[k.stage], k.phase);
+                await_k();
                 issue_qk();
                 sm90::mma_wait<0>();
                 sm90::pin(acc_s);
@@ -358,7 +444,7 @@ struct Fwd {
                 }
                 if (leader) sm90::arrive(s.q_empty);
                 if constexpr (kLateRescale) rescale(acc_o, softmax.alpha);
-                sm90::wait(s.v_full[v.stage], v.phase);
+                await_v();
                 issue_pv();
                 sm90::mma_wait<0>();
                 sm90::pin(acc_o);

@@ -18,14 +18,16 @@ __device__ inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 // Of the query at `position` of its sequence. Both ends grow with the position.
 __device__ inline KeyRange visible_keys(const FwdParams& p, const Sequence& seq, int position) {
-    const int aligned = position + seq.num_keys - seq.num_rows;  // the last query sees the last key
-    int lo = max(aligned - p.window_left, 0), hi = min(aligned + p.window_right + 1, seq.num_keys);
+    const int aligned = position + seq.num_all_keys - seq.num_rows;  // the last query: the last key
+    int lo = max(aligned - p.window_left, 0),
+        hi = min(aligned + p.window_right + 1, seq.num_all_keys);
     if (p.attention_chunk > 0) {
         const int chunk = aligned < 0 ? -1 : aligned / p.attention_chunk;
         lo = max(lo, chunk * p.attention_chunk);
         hi = min(hi, (chunk + 1) * p.attention_chunk);
     }
-    return {lo, max(hi, 0)};
+    if (p.cp_world_size > 1) hi = hi > p.cp_rank ? (hi - p.cp_rank - 1) / p.cp_world_size + 1 : 0;
+    return {lo, max(min(hi, seq.num_keys), 0)};
 }
 
 // Blocks [lo, hi) of keys hold what a tile sees; in [full_lo, full_hi) every row sees every key.

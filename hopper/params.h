@@ -35,17 +35,26 @@ constexpr int kScaleBlock = 128;  // tokens of a sequence that share a descale
 constexpr int kWarpgroupRows = 64;   // query rows of a consumer warpgroup
 constexpr int kUnbounded = 1 << 30;  // a window side without a limit, and the largest with one
 
+// K or V: rows of batch entries, one batch entry of packed rows, or pages.
+struct KeyTensor {
+    CUtensorMap map;   // (d, rows, h_kv, pages); box (kPanel, box_keys)
+    const void* data;  // the same for threads; strides in elements, that of d is 1
+    long long page_stride, row_stride, head_stride;
+};
+
 // The forward. Absent tensors are null. b sequences, h query heads, h_kv key/value heads.
 //   rows of sequence n: from cu_seqlens_q[n], else from 0 in batch entry n;
 //       n_q = seqused_q[n], else cu_seqlens_q[n + 1] - cu_seqlens_q[n], else seqlen_q
-//   keys of sequence n: the same of K, after the first leftpad_k[n]; behind seqused_k[n] those that
-//       the call has appended count too: seqlen_k_new, or the extent in cu_seqlens_k_new
+//   slots of sequence n: the same of K, in batch entry kv_batch_idx[n], or in the pages that this
+//   row
+//       of page_table lists; behind seqused_k[n] those that the call has appended count too:
+//       seqlen_k_new, or the extent in cu_seqlens_k_new
+//   keys of sequence n: its slots after the first leftpad_k[n]
 struct FwdParams {
     // `pack` query heads of one KV head make neighbouring rows of a tile: row r holds position
     // r / pack of head r % pack. Maps of tensors without elements are not read.
     CUtensorMap q_map;  // (d, pack, seqlen_q, h / pack, b); box (kPanel, pack, block_m / pack)
-    CUtensorMap k_map;  // (d, seqlen_k, h_kv, b); box (kPanel, block_n)
-    CUtensorMap v_map;  // (dv, seqlen_k, h_kv, b); box (kPanel, block_n)
+    KeyTensor k, v;
 
     void* out;                   // [splits, b, seqlen_q, h, dv], rows aligned to 16 bytes
     Dtype out_dtype;             // of Q, or fp32
@@ -62,12 +71,22 @@ struct FwdParams {
     const int* seqused_k;     // [b], left padding included
     const int* leftpad_k;     // [b]
     const int* cu_seqlens_k_new;  // [b + 1]
+    const int* kv_batch_idx;      // [b]
+    const int* page_table;        // [cache_rows, ...]; entries without keys may hold anything
+    long long page_table_stride;
     int* status;  // a bit for each Argument of which something had to be clamped; may be null
 
-    int batch, seqlen_q, seqlen_k, seqlen_k_new, num_heads, num_heads_kv, head_dim_v, pack;
+    int batch, seqlen_q, seqlen_k_new, num_heads, num_heads_kv, head_dim, head_dim_v, pack;
+    int seqlen_k;    // slots of a batch entry, or of a row of the page table
+    int cache_rows;  // of K, or of the page table
+    int page_size, num_pages;
+    int box_keys;  // of a box of the tensor maps: all in one page, a divisor of block_n
 
     int window_left, window_right;  // 0 .. kUnbounded; a causal mask is window_right = 0
     int attention_chunk;            // 0: off
+    // Context parallel: key j is key j * cp_world_size + cp_rank of cp_tot_seqused_k[n] in all.
+    int cp_world_size, cp_rank;
+    const int* cp_tot_seqused_k;  // [b]
     float scale_log2;  // softmax_scale * log2(e), with softcap softcap * log2(e); at least FLT_MIN
     float softcap_scale;  // softmax_scale / softcap; 0: off
     const void* sink;     // [h] logits, added to the denominator of every row

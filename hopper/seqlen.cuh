@@ -26,10 +26,11 @@ struct Extent {
 };
 
 struct Sequence {
-    int q_batch, k_batch;     // batch entries in the tensor maps, out and lse
+    int q_batch, k_batch;     // batch entries; with pages, k_batch is a row of their table
     int first_row, num_rows;  // query rows that attend
     int rows_written;         // these and the unused rows behind them, which are zeros
-    int first_key, num_keys;
+    int first_key, num_keys;  // the slot of the first key
+    int num_all_keys;         // over all context-parallel ranks
 
     template <typename Tell = Quiet>
     __device__ Sequence(const FwdParams& p, int n, const Tell& tell = {}) {
@@ -39,14 +40,23 @@ struct Sequence {
         first_row = q.first;
         rows_written = q.size;
         num_rows = used(p.seqused_q, n, q.size, Argument::seqused_q, tell);
-        const int before = used(p.seqused_k, n, k.size, Argument::seqused_k, tell);
+        k_batch = p.kv_batch_idx ? p.kv_batch_idx[n] : k.batch;
+        const bool known = 0 <= k_batch && k_batch < p.cache_rows;  // else it has no keys
+        if (!known) tell(Argument::kv_batch_idx);
+        const int capacity = known ? k.size : 0;
+        const int before = used(p.seqused_k, n, capacity, Argument::seqused_k, tell);
         const int padding =
             p.leftpad_k ? used(p.leftpad_k, n, before, Argument::leftpad_k, tell) : 0;
         const Extent fresh(p.cu_seqlens_k_new, n, p.cu_seqlens_k_new ? kUnbounded : p.seqlen_k_new);
-        const int slots = before + clamp(fresh.size, 0, k.size - before, Argument::seqused_k, tell);
-        k_batch = k.batch;
+        const int slots =
+            before + clamp(fresh.size, 0, capacity - before, Argument::seqused_k, tell);
         first_key = k.first + padding;
         num_keys = slots - padding;
+        num_all_keys = num_keys;
+        if (p.cp_tot_seqused_k) {
+            num_all_keys =
+                used(p.cp_tot_seqused_k, n, kUnbounded, Argument::cp_tot_seqused_k, tell);
+        }
     }
 
   private:

@@ -26,11 +26,8 @@ def unsupported_reason(p: AttentionProblem, needs_grad: bool) -> str | None:
     """Why this backend does not serve `p`, or None; looks at no content of a tensor."""
     missing = {
         "qv": p.qv is not None,
-        "page_table": p.page_table is not None,
-        "cache_batch_idx": p.kv_batch_idx is not None,
-        "context parallel": p.cp_world_size > 1,
         "fp8": p.k.dtype.itemsize == 1,
-        "2^30 rows or more": max(p.q.shape[-3], p.k.shape[-3]) >= MAX_LENGTH,
+        "2^30 rows or more": max(p.q.shape[-3], p.key_capacity) >= MAX_LENGTH,
     }
     names = [name for name, used in missing.items() if used]
     if names:

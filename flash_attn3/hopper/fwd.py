@@ -17,7 +17,16 @@ from . import launch
 from .combine import combine, prepare_combine
 
 MAX_PREPARED = 64  # of one problem: it is launched anew where the bounds of its lengths differ
-INDEX_TENSORS = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "leftpad_k")
+INDEX_TENSORS = (
+    "cu_seqlens_q",
+    "cu_seqlens_k",
+    "seqused_q",
+    "seqused_k",
+    "leftpad_k",
+    "kv_batch_idx",
+    "page_table",
+    "cp_tot_seqused_k",
+)
 
 
 class Prepared(NamedTuple):
@@ -79,6 +88,9 @@ def _tensors(
         p.seqused_k,
         p.leftpad_k,
         p.cu_seqlens_k_new,
+        p.kv_batch_idx,
+        p.page_table,
+        p.cp_tot_seqused_k if p.cp_world_size > 1 else None,
         p.s_aux,
         word,
     )
@@ -88,7 +100,8 @@ def _prepare(p: AttentionProblem, out: Tensor, lse: Tensor, max_logits: Tensor |
     variant = variants.select(p)
     device = launch.number(p.q.device)
     plan = heuristics.fwd_launch(p, variant, launch.num_multiprocessors(device))
-    if not all(map(launch.fit, (p.q, p.k, p.v))) or (plan.num_splits == 1 and not launch.fit(out)):
+    flat = p.page_table is None or p.page_table.stride(1) == 1
+    if not flat or not all(map(launch.fit, (p.q, p.k, p.v))) or (plan.num_splits == 1 and not launch.fit(out)):
         return Prepared(None, None, 1, None)
     written, written_lse, merge = out, lse, None
     if plan.num_splits > 1:
@@ -111,9 +124,11 @@ def _prepare(p: AttentionProblem, out: Tensor, lse: Tensor, max_logits: Tensor |
         window_left=p.window_left,
         window_right=p.window_right,
         attention_chunk=p.attention_chunk,
+        cp_world_size=p.cp_world_size,
+        cp_rank=p.cp_rank,
         batch=p.batch,
         seqlen_k_new=p.seqlen_k_new,
-        block_n=variant.block_n,
+        box_keys=variants.box_keys(p, variant),
         **plan._asdict(),
     )
     return Prepared(forward, word, plan.num_splits, merge)
@@ -121,10 +136,11 @@ def _prepare(p: AttentionProblem, out: Tensor, lse: Tensor, max_logits: Tensor |
 
 def _on_copies(p: AttentionProblem, out: Tensor, lse: Tensor, max_logits: Tensor | None) -> None:
     """`fwd` where kernels cannot take a tensor as it lies."""
-    cached = p.seqused_k is not None and p.cu_seqlens_k is None
+    cached = p.page_table is not None or (p.seqused_k is not None and p.cu_seqlens_k is None)
+    table = None if p.page_table is None else p.page_table.contiguous()
     q = launch.taken(p.q)
     k, v = launch.taken(p.k, "k_cache" if cached else None), launch.taken(p.v, "v_cache" if cached else None)
     written = out if launch.takes(out) else torch.empty_like(out, memory_format=torch.contiguous_format)
-    fwd(replace(p, q=q, k=k, v=v), written, lse, max_logits)
+    fwd(replace(p, q=q, k=k, v=v, page_table=table), written, lse, max_logits)
     if written is not out:
         out.copy_(written)

@@ -21,6 +21,11 @@ __device__ inline void take_registers() {
 // be so: descriptors made from it live in uniform registers.
 __device__ inline int uniform(int x) { return __shfl_sync(0xffffffff, x, 0); }
 
+// PTX ISA, vote.sync.ballot and shfl.sync: x of the one lane that is `source`.
+__device__ inline int broadcast(int x, bool source) {
+    return __shfl_sync(0xffffffff, x, __ffs(__ballot_sync(0xffffffff, source)) - 1);
+}
+
 // PTX ISA, nanosleep: never executed, for x >= 0 or NaN. But ptxas moves no instruction across it,
 // and so x is computed here, not behind the next wait: exponentials then overlap with products.
 __device__ inline void hold(float x) {

@@ -29,7 +29,8 @@ print("torch" in sys.modules)
 
 def problem(dtype: torch.dtype, head_dim: int, head_dim_v: int | None = None, rows: int = 5) -> SimpleNamespace:
     q, v = torch.empty(2, rows, 4, head_dim, dtype=dtype), torch.empty(2, 9, 2, head_dim_v or head_dim, dtype=dtype)
-    return SimpleNamespace(q=q, v=v, num_heads=4, num_heads_kv=2, cu_seqlens_q=None, pack_gqa=None)
+    sizes = dict(num_heads=4, num_heads_kv=2, cu_seqlens_q=None, pack_gqa=None, page_table=None)
+    return SimpleNamespace(q=q, v=v, **sizes)
 
 
 def test_names_are_unique_and_safe_for_file_systems() -> None:

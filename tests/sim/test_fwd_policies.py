@@ -30,6 +30,8 @@ STARVED = {  # warps that run only if no other can
 
 def is_slow(variant: FwdVariant) -> bool:
     """Of kernels that differ in the size of things, the others are enough for every day."""
+    if variant.kv_source == "cp_async":
+        return (variant.dtype, variant.head_dim, variant.block_m) not in (("bf16", 64, 64), ("fp16", 128, 128))
     return variant.head_dim not in (64, 128) or (variant.block_m == 64 and variant.dtype == "fp16")
 
 
@@ -43,6 +45,8 @@ def case_of(name: str, causal: bool) -> dict:
     variant = VARIANTS[name]
     sizes = dict(batch=1, seqlen_q=300) if variant.block_m == 128 else dict(batch=5, seqlen_q=25)
     sizes["seqlen_k"] = 3 * variant.block_n + 50
+    if variant.kv_source == "cp_async":
+        sizes |= dict(layout="paged", page_size=1, least_k=2 * variant.block_n)
     return inputs(shape_of(variant), num_heads=4, num_heads_kv=2, **sizes) | {"causal": causal}
 
 
