@@ -105,6 +105,24 @@ void read(Keywords& from, CombineOptions& options) {
     FA3_READ(max_grid);
 }
 
+void read(Keywords& from, AppendOptions& options) {
+    FA3_READ(new_dtype);
+    FA3_READ(cache_dtype);
+    FA3_READ(q_dtype);
+    FA3_READ(table_dtype);
+    FA3_READ(interleaved);
+    FA3_READ(advances);
+    FA3_READ(batch);
+    FA3_READ(max_grid);
+}
+
+void read(Keywords& from, MergeOptions& options) {
+    FA3_READ(a_dtype);
+    FA3_READ(b_dtype);
+    FA3_READ(out_dtype);
+    FA3_READ(max_grid);
+}
+
 #undef FA3_READ
 
 // An operation of ops.h as a class: made from a kernel, its tensors and its options, launched on
@@ -141,32 +159,6 @@ int num_multiprocessors(int device) {
     FA3_DRIVER(cuDeviceGetAttribute, (&count, CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, handle),
                "counting the multiprocessors of device ", device);
     return count;
-}
-
-// Arguments in the order of AppendTensors and AppendOptions.
-void append_kv_values(Kernel& kernel, const TensorView& k, const TensorView& v,
-                      const TensorView& k_cache, const TensorView& v_cache, const TensorView& q,
-                      const TensorView& q_out, const TensorView& cache_seqlens,
-                      const TensorView& cu_seqlens_k_new, const TensorView& cu_seqlens_q,
-                      const TensorView& kv_batch_idx, const TensorView& page_table,
-                      const TensorView& positions, const TensorView& cos, const TensorView& sin,
-                      const TensorView& k_descale, const TensorView& v_descale, Dtype new_dtype,
-                      Dtype cache_dtype, Dtype q_dtype, Dtype table_dtype, bool interleaved,
-                      bool advances, int batch, unsigned max_grid, int device, uintptr_t stream) {
-    append_kv(
-        kernel,
-        {k, v, k_cache, v_cache, q, q_out, cache_seqlens, cu_seqlens_k_new, cu_seqlens_q,
-         kv_batch_idx, page_table, positions, cos, sin, k_descale, v_descale},
-        {new_dtype, cache_dtype, q_dtype, table_dtype, interleaved, advances, batch, max_grid},
-        {device, as_stream(stream)});
-}
-
-void merge_state_values(Kernel& kernel, const TensorView& out_a, const TensorView& lse_a,
-                        const TensorView& out_b, const TensorView& lse_b, const TensorView& out,
-                        const TensorView& lse, Dtype dtype_a, Dtype dtype_b, Dtype out_dtype,
-                        unsigned max_grid, int device, uintptr_t stream) {
-    merge_state(kernel, {{out_a, out_b}, {lse_a, lse_b}, out, lse},
-                {{dtype_a, dtype_b}, out_dtype, max_grid}, {device, as_stream(stream)});
 }
 
 int driver_version() {
@@ -239,14 +231,8 @@ PYBIND11_MODULE(_C, m) {
         .value("e4m3", Dtype::e4m3);
     bind_prepared<PreparedFwd>(m, "PreparedFwd");
     bind_prepared<PreparedCombine>(m, "PreparedCombine");
-
-    m.def(
-        "append_kv", &append_kv_values, WithoutGil(),
-        "Launch the write into a cache, the rotation of queries, or both; the arguments are those "
-        "of AppendTensors and AppendOptions in csrc/ops.h, in order.");
-    m.def("merge_state", &merge_state_values, WithoutGil(),
-          "Launch the merge of two states (out, lse); the arguments are the tensors of each, those "
-          "of the result, the types of the outs, the most CTAs, device and stream.");
+    bind_prepared<PreparedAppend>(m, "PreparedAppend");
+    bind_prepared<PreparedMerge>(m, "PreparedMerge");
 
     m.def("encode_tensor_map", &tensor_map_bytes, py::arg("tensor"), py::arg("type"),
           py::arg("element_bytes"), py::arg("view"), py::arg("box"), py::arg("swizzle"),

@@ -2,47 +2,48 @@
 // Fills MergeParams and launches fa3_merge_state.
 #include <algorithm>
 
-#include "launch.h"
 #include "ops.h"
 #include "rows.h"
 
 namespace fa3 {
 
-void merge_state(Kernel& kernel, const MergeTensors& tensors, const MergeOptions& options,
-                 const Place& place) {
-    const DeviceGuard guard(place.device);
-    const Function& function = kernel.on(place.device, place.stream);
-    const TensorView& merged = tensors.merged;
-
-    MergeParams params{};
-    for (int state = 0; state < 2; ++state) {
-        const TensorView &out = tensors.out[state], &lse = tensors.lse[state];
-        params.out[state] = out.data;
-        params.lse[state] = lse.as<float>();
-        std::ranges::copy(out.strides().first(3), params.out_stride[state]);
-        std::ranges::copy(lse.strides(), params.lse_stride[state]);
-        params.out_dtype[state] = options.out_dtype[state];
-        params.out_aligned[state] = aligned_rows(out, options.out_dtype[state]);
+PreparedMerge::PreparedMerge(Kernel& kernel, const Tensors& tensors, const Options& options,
+                             const Place& place)
+    : function_(kernel.on(place.device, place.stream)), device_(place.device) {
+    const TensorView outs[] = {tensors.out_a, tensors.out_b, tensors.out};
+    const TensorView lses[] = {tensors.lse_a, tensors.lse_b, tensors.lse};
+    const Dtype dtypes[] = {options.a_dtype, options.b_dtype, options.out_dtype};
+    for (int i = 0; MergeState& state : params_.states) {
+        std::ranges::copy(outs[i].strides().first(3), state.out_stride);
+        std::ranges::copy(lses[i].strides(), state.lse_stride);
+        state.dtype = dtypes[i];
+        state.aligned = aligned_strides(outs[i], dtypes[i]);
+        ++i;
     }
-    params.merged = merged.data;
-    params.merged_lse = tensors.merged_lse.as<float>();
-    std::ranges::copy(merged.strides().first(3), params.merged_stride);
-    std::ranges::copy(tensors.merged_lse.strides(), params.merged_lse_stride);
-    params.merged_dtype = options.merged_dtype;
-    params.merged_aligned = aligned_rows(merged, options.merged_dtype);
-    params.batch = as_int("b", merged.size[0]);
-    params.seqlen = as_int("s", merged.size[1]);
-    params.num_heads = as_int("h", merged.size[2]);
-    params.head_dim = as_int("d", merged.size[3]);
-    const int64_t chunks_of_head = std::max<int64_t>(1, (merged.size[3] + kChunk - 1) / kChunk);
-    params.rows_per_tile = rows_per_tile(function.abi.block_m, merged.size[2] * chunks_of_head);
-    const int64_t tiles =
-        (merged.size[1] + params.rows_per_tile - 1) / params.rows_per_tile * merged.size[0];
-    params.num_tiles = as_int("tiles of rows", tiles);
-    launch(function,
-           {.grid = {static_cast<unsigned>(std::min<int64_t>(tiles, options.max_grid)), 1, 1},
-            .programmatic = true},
-           place.stream, params);
+    const auto size = tensors.out.size;
+    params_.seqlen = as_int("s", size[1]);
+    params_.num_heads = as_int("h", size[2]);
+    params_.head_dim = as_int("d", size[3]);
+    const int64_t chunks_of_head = std::max<int64_t>(1, (size[3] + kChunk - 1) / kChunk);
+    params_.rows_per_tile = rows_per_tile(function_.abi.block_m, size[2] * chunks_of_head);
+    const int64_t tiles = (size[1] + params_.rows_per_tile - 1) / params_.rows_per_tile * size[0];
+    params_.num_tiles = as_int("tiles of rows", tiles);
+    grid_ = static_cast<unsigned>(std::min<int64_t>(tiles, options.max_grid));
+}
+
+bool PreparedMerge::launch(const Addresses& at, CUstream stream) const {
+    const DeviceGuard guard(device_);
+    MergeParams params = params_;
+    void* const outs[] = {at.out_a, at.out_b, at.out};
+    void* const lses[] = {at.lse_a, at.lse_b, at.lse};
+    for (int i = 0; MergeState& state : params.states) {
+        state.out = outs[i];
+        state.lse = static_cast<float*>(lses[i]);
+        state.aligned = state.aligned && aligned(outs[i], state.dtype);
+        ++i;
+    }
+    fa3::launch(function_, {.grid = {grid_, 1, 1}, .programmatic = true}, stream, params);
+    return true;
 }
 
 }  // namespace fa3

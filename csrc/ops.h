@@ -56,16 +56,17 @@ struct CombineOptions {
     unsigned max_grid;
 };
 
-// Of AppendProblem; q and q_out as well for a rotation of queries.
-struct AppendTensors {
-    TensorView k, v;  // (b, s_new, h_kv, d | dv), or packed (t_new, h_kv, d | dv)
-    TensorView k_cache,
-        v_cache;          // (b_c, s_c, h_kv, d | dv) or (num_pages, page_size, h_kv, d | dv)
-    TensorView q, q_out;  // (b, s_q, h, d), or packed (t_q, h, d)
-    TensorView cache_seqlens, cu_seqlens_k_new, cu_seqlens_q, kv_batch_idx, page_table;
-    TensorView positions;             // (b,)
-    TensorView cos, sin;              // (s_ro, rotary_dim / 2), contiguous
-    TensorView k_descale, v_descale;  // (b, h_kv) or (b, h_kv, blocks)
+// Of AppendProblem; without k, v and caches only queries are rotated, without q only keys.
+template <typename T>
+struct AppendTensorsOf {
+    T k, v;              // (b, s_new, h_kv, d | dv), or packed (t_new, h_kv, d | dv)
+    T k_cache, v_cache;  // (b_c, s_c, h_kv, d | dv) or (num_pages, page_size, h_kv, d | dv)
+    T q, q_out;          // (b, s_q, h, d), or packed (t_q, h, d)
+    T cache_seqlens, cu_seqlens_k_new, cu_seqlens_q, kv_batch_idx, page_table;
+    T positions;             // (b,)
+    T cos, sin;              // (s_ro, rotary_dim / 2), contiguous
+    T k_descale, v_descale;  // (b, h_kv) or (b, h_kv, blocks)
+    T status;                // (1,): what had to be clamped or dropped
 };
 
 struct AppendOptions {
@@ -76,16 +77,15 @@ struct AppendOptions {
     unsigned max_grid;
 };
 
-// Pairs are of the states a and b.
-struct MergeTensors {
-    std::array<TensorView, 2> out;  // (b, s, h, d), the stride of d is 1
-    std::array<TensorView, 2> lse;  // (b, s, h) fp32
-    TensorView merged, merged_lse;  // the same
+template <typename T>
+struct MergeTensorsOf {
+    T out_a, lse_a;  // (b, s, h, d), the stride of d is 1; (b, s, h) fp32
+    T out_b, lse_b;
+    T out, lse;  // the result
 };
 
 struct MergeOptions {
-    std::array<Dtype, 2> out_dtype;
-    Dtype merged_dtype;
+    Dtype a_dtype, b_dtype, out_dtype;
     unsigned max_grid;
 };
 
@@ -94,11 +94,6 @@ struct Place {
     int device;
     CUstream stream;
 };
-
-void append_kv(Kernel& kernel, const AppendTensors& tensors, const AppendOptions& options,
-               const Place& place);
-void merge_state(Kernel& kernel, const MergeTensors& tensors, const MergeOptions& options,
-                 const Place& place);
 
 class PreparedFwd {
   public:
@@ -141,6 +136,56 @@ class PreparedCombine {
     const int device_;
     unsigned grid_;
     CombineParams params_{};
+};
+
+class PreparedAppend {
+  public:
+    using Tensors = AppendTensorsOf<TensorView>;
+    using Addresses = AppendTensorsOf<void*>;
+    using Options = AppendOptions;
+
+    PreparedAppend(Kernel& kernel, const Tensors& tensors, const Options& options,
+                   const Place& place);
+
+    bool launch(const Addresses& at, CUstream stream) const;
+
+    const std::string& kernel() const { return function_.kernel; }
+
+  private:
+    // A tensor of the call from which rows are moved, one to which, and the scale, if there is one.
+    using Field = void* Addresses::*;
+    struct Move {
+        Field from, to, cu_seqlens, descale;
+    };
+
+    void add(const Move& move, RowMove params);
+
+    const Function& function_;
+    const int device_;
+    int64_t grid_ = 0;
+    unsigned num_moves_ = 0;
+    Move moves_[3];
+    AppendParams params_{};
+};
+
+class PreparedMerge {
+  public:
+    using Tensors = MergeTensorsOf<TensorView>;
+    using Addresses = MergeTensorsOf<void*>;
+    using Options = MergeOptions;
+
+    PreparedMerge(Kernel& kernel, const Tensors& tensors, const Options& options,
+                  const Place& place);
+
+    bool launch(const Addresses& at, CUstream stream) const;
+
+    const std::string& kernel() const { return function_.kernel; }
+
+  private:
+    const Function& function_;
+    const int device_;
+    unsigned grid_;
+    MergeParams params_{};
 };
 
 }  // namespace fa3

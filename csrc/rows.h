@@ -10,16 +10,18 @@
 
 namespace fa3 {
 
-inline int element_bytes(Dtype dtype) {
-    return dtype == Dtype::fp32 ? 4 : dtype == Dtype::e4m3 ? 1 : 2;
+// Bytes of a chunk, or the 16 that a wide access has: what an address must be a multiple of.
+inline int chunk_alignment(Dtype dtype) { return dtype == Dtype::e4m3 ? 8 : 16; }
+
+inline bool aligned(const void* address, Dtype dtype) {
+    return reinterpret_cast<uintptr_t>(address) % chunk_alignment(dtype) == 0;
 }
 
-// Whether every row (the last dimension) begins at a multiple of 16 bytes, e4m3 of 8.
-inline bool aligned_rows(const TensorView& x, Dtype dtype) {
-    const int64_t bytes = dtype == Dtype::e4m3 ? 8 : 16, element = element_bytes(dtype);
-    if (reinterpret_cast<uintptr_t>(x.data) % bytes) return false;
+// Whether rows (the last dimension) are aligned to chunks where the first one is.
+inline bool aligned_strides(const TensorView& x, Dtype dtype) {
+    const int64_t element = dtype == Dtype::fp32 ? 4 : dtype == Dtype::e4m3 ? 1 : 2;
     for (int i = 0; i + 1 < x.rank; ++i) {
-        if (x.size[i] > 1 && x.stride[i] * element % bytes) return false;
+        if (x.size[i] > 1 && x.stride[i] * element % chunk_alignment(dtype)) return false;
     }
     return true;
 }

@@ -69,4 +69,10 @@ struct type_caster<fa3::FwdTensorsOf<T>> : tensors_caster<fa3::FwdTensorsOf, T> 
 template <typename T>
 struct type_caster<fa3::CombineTensorsOf<T>> : tensors_caster<fa3::CombineTensorsOf, T> {};
 
+template <typename T>
+struct type_caster<fa3::AppendTensorsOf<T>> : tensors_caster<fa3::AppendTensorsOf, T> {};
+
+template <typename T>
+struct type_caster<fa3::MergeTensorsOf<T>> : tensors_caster<fa3::MergeTensorsOf, T> {};
+
 }  // namespace pybind11::detail

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import NamedTuple
 
 from torch import Tensor
@@ -53,8 +52,9 @@ def attend(call: Call, via: ops.Operations = ops.DISPATCHED) -> tuple[Tensor, Te
         _check_memory(call, out)
     debug.before(c, p)
     if call.append is not None:
-        via.append_kv(call.append, call.backend)
-        p = _rotated(p, call.append, call.backend, via)
+        q = via.append_kv(call.append, call.backend)
+        if call.append.q is not None:
+            p = p.with_q(q)
     if out is None:
         out, lse, max_logits = via.fwd(p, call.backend)
     else:
@@ -69,13 +69,3 @@ def _check_memory(call: Call, out: Tensor) -> None:
     if (a := call.append) is not None:
         new = {"k": a.k, "v": a.v, "rotary_cos": a.rotary_cos, "rotary_sin": a.rotary_sin}
         call.append_checks.writable("out", out, new)
-
-
-def _rotated(p: AttentionProblem, a: AppendProblem, backend: str, via: ops.Operations) -> AttentionProblem:
-    """`p` with q rotated by the tables of `a`, if it has any."""
-    if a.rotary_cos is None:
-        return p
-    positions = p.seqused_k if a.rotary_seqlens is None else a.rotary_seqlens
-    advance = p.window_left >= 0 or p.window_right >= 0
-    tables = (a.rotary_cos, a.rotary_sin)
-    return replace(p, q=via.rotary_q(p.q, *tables, positions, p.cu_seqlens_q, advance, a.rotary_interleaved, backend))

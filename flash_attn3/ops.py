@@ -157,24 +157,38 @@ def _nothing(*arguments) -> None:
 # Cache
 
 
-def _append(a: AppendProblem, backend: str) -> None:
+def _empty_rotated(q: Tensor | None, like: Tensor) -> Tensor:
+    """As q and contiguous, or (0,) without one."""
+    return like.new_empty((0,)) if q is None else q.new_empty(q.shape)
+
+
+def _append(a: AppendProblem, backend: str) -> Tensor | None:
     status.raise_pending(a.k_cache.device)
-    runtime.backend(backend).append_kv(a)
+    rotated = None if a.q is None else _empty_rotated(a.q, a.k)
+    runtime.backend(backend).append_kv(a, rotated)
     _written(a.k_cache, a.v_cache)
+    return rotated
 
 
-def _append_kv(*arguments) -> None:
-    _append(AppendProblem(*arguments[:_NUM_APPEND]), arguments[_NUM_APPEND])
+def _append_kv(*arguments) -> Tensor:
+    a = AppendProblem(*arguments[:_NUM_APPEND])
+    rotated = _append(a, arguments[_NUM_APPEND])
+    return _empty_rotated(None, a.k) if rotated is None else rotated
+
+
+def _append_kv_fake(*arguments) -> Tensor:
+    a = AppendProblem(*arguments[:_NUM_APPEND])
+    return _empty_rotated(a.q, a.k)
 
 
 def _rotary_q(q, cos, sin, positions, cu_seqlens_q, advance, interleaved, backend) -> Tensor:
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    out = _empty_rotated(q, q)
     runtime.backend(backend).rotary_q(q, cos, sin, positions, cu_seqlens_q, advance, interleaved, out)
     return out
 
 
 def _rotary_q_fake(q, *_) -> Tensor:
-    return torch.empty_like(q, memory_format=torch.contiguous_format)
+    return _empty_rotated(q, q)
 
 
 # Merging partial results
@@ -227,7 +241,7 @@ _define(
     _bwd_out,
     _nothing,
 )
-_define("append_kv", f"{_schema(AppendProblem, ('k_cache', 'v_cache'))}) -> ()", _append_kv, _nothing)
+_define("append_kv", f"{_schema(AppendProblem, ('k_cache', 'v_cache'))}) -> Tensor", _append_kv, _append_kv_fake)
 _define(
     "rotary_q",
     "Tensor q, Tensor cos, Tensor sin, Tensor positions, Tensor? cu_seqlens_q, bool advance, bool interleaved, "
@@ -267,8 +281,7 @@ class Operations(NamedTuple):
 
     fwd: Callable[[AttentionProblem, str], tuple[Tensor, Tensor, Tensor | None]]
     fwd_out: Callable[[AttentionProblem, str, Tensor], tuple[Tensor, Tensor | None]]
-    append_kv: Callable[[AppendProblem, str], None]
-    rotary_q: Callable[..., Tensor]
+    append_kv: Callable[[AppendProblem, str], Tensor | None]  # rotated queries
     bwd: Callable[..., tuple[Tensor, ...]]
 
 
@@ -276,10 +289,9 @@ DISPATCHED = Operations(
     fwd=lambda p, backend: fwd(*p.arguments(), backend),
     fwd_out=lambda p, backend, out: fwd_out(*p.arguments(), backend, out),
     append_kv=lambda a, backend: append_kv(*a.arguments(), backend),
-    rotary_q=rotary_q,
     bwd=bwd,
 )
-DIRECT = Operations(fwd=_attend, fwd_out=_attend_out, append_kv=_append, rotary_q=_rotary_q, bwd=_bwd)
+DIRECT = Operations(fwd=_attend, fwd_out=_attend_out, append_kv=_append, bwd=_bwd)
 
 
 def is_plain() -> bool:

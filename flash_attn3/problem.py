@@ -11,7 +11,7 @@ Q and K, dv head dim of V.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -126,10 +126,18 @@ class AttentionProblem:
         """The field values in order: the argument list of the op."""
         return tuple(getattr(self, field.name) for field in fields(self))
 
+    def with_q(self, q: Tensor) -> AttentionProblem:
+        """The same call on other queries; what is derived stays, since the shape does."""
+        if torch.compiler.is_compiling():
+            return replace(self, q=q)
+        problem = object.__new__(AttentionProblem)
+        object.__setattr__(problem, "__dict__", vars(self) | {"q": q})  # ten times faster
+        return problem
+
 
 @dataclass(frozen=True, eq=False)
 class AppendProblem:
-    """Write new keys (rotated when tables are given) and values into a cache.
+    """Write new keys (rotated when tables are given) and values into a cache; and rotate queries.
 
     New key u of sequence n goes to slot cache_seqlens[n] + u, rotated for position p0 + u with
     p0 = rotary_seqlens[n], else cache_seqlens[n].
@@ -148,9 +156,22 @@ class AppendProblem:
     cu_seqlens_k_new: Tensor | None  # (b + 1,)
     k_descale: Tensor | None  # (b, h_kv) or (b, h_kv, blocks): 16-bit k into an e4m3 cache
     v_descale: Tensor | None
+    q: Tensor | None  # (b, s_q, h, d) or packed (t_q, h, d), to be rotated too; None without tables
+    cu_seqlens_q: Tensor | None  # (b + 1,); q is packed
+    q_advances: bool  # row i of q is rotated for position p0 + i, not for p0
     rotary_interleaved: bool
 
-    DERIVED = ()
+    DERIVED = ("prepared",)
+
+    @property
+    def positions(self) -> Tensor:
+        """(b,) p0 of each sequence."""
+        return self.cache_seqlens if self.rotary_seqlens is None else self.rotary_seqlens
+
+    @derived
+    def prepared(self) -> dict[Any, Any]:
+        """As of an AttentionProblem."""
+        return {}
 
     def arguments(self) -> tuple:
         return tuple(getattr(self, field.name) for field in fields(self))

@@ -42,6 +42,9 @@ def append(
         cu_seqlens_k_new=p.cu_seqlens_k_new,
         k_descale=p.k_descale,
         v_descale=p.v_descale,
+        q=None if cos is None else p.q,
+        cu_seqlens_q=p.cu_seqlens_q,
+        q_advances=p.window_left >= 0 or p.window_right >= 0,
         rotary_interleaved=interleaved,
     )
 

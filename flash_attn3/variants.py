@@ -101,7 +101,7 @@ class AppendVariant(Variant):
     operation = "append_kv"
     config = "AppendConfig"
 
-    threads: int = 256
+    threads: int = 128
 
     @property
     def name(self) -> str:

@@ -7,6 +7,7 @@
 #include "config.h"
 #include "seqlen.cuh"
 #include "sm90/grid.cuh"
+#include "status.cuh"
 
 namespace fa3 {
 
@@ -24,29 +25,34 @@ struct Append {
         sm90::await_previous_kernels();
         const RowMove& move = p.moves[blockIdx.y];
         Tile tile;
-        for (long long index = blockIdx.x; find_tile(move, p.batch, index, tile);
-             index += gridDim.x) {
+        for (long long index = blockIdx.x; find_tile(p, move, index, tile); index += gridDim.x) {
             move_tile(p, move, tile);
         }
     }
 
     // Tile `index`, counted over all sequences, each of which begins a new one; false behind the
     // last.
-    static __device__ bool find_tile(const RowMove& move, int batch, long long index, Tile& tile) {
+    static __device__ bool find_tile(const AppendParams& p, const RowMove& move, long long index,
+                                     Tile& tile) {
         const int rows = move.rows_per_tile;
         if (!move.cu_seqlens) {
             const unsigned tiles = (move.seqlen + rows - 1) / rows;
             const unsigned at = static_cast<unsigned>(index);  // the host sees to it that it fits
             const int n = at / tiles, first = at % tiles * rows;
             tile = {n, first, min(rows, move.seqlen - first)};
-            return n < batch;
+            return n < p.batch;
         }
         __shared__ long long warp_tiles[kWarps];
         __shared__ Tile found;
         const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-        for (int begin = 0; begin < batch; begin += C.threads) {
+        for (int begin = 0; begin < p.batch; begin += C.threads) {
             const int n = begin + static_cast<int>(threadIdx.x);
-            const int size = n < batch ? Extent(move.cu_seqlens, n, move.seqlen).size : 0;
+            int size = 0;
+            if (n < p.batch) {
+                const Argument argument =
+                    move.to_cache ? Argument::cu_seqlens_k_new : Argument::cu_seqlens_q;
+                size = Extent(move.cu_seqlens, n, move.seqlen, argument, Noted{p.status}).size;
+            }
             const int tiles = (size + rows - 1) / rows;
             long long end = tiles;  // of this thread's tiles, by a prefix sum
 #pragma unroll
@@ -86,10 +92,9 @@ struct Append {
             const int head = i % chunks / chunks_of_head;
             const int column = i % chunks % chunks_of_head * kChunk;
             long long to_block = extent.batch, to_row = extent.first + row;
-            long long slot = 0;
+            int slot = 0;
             if (move.to_cache) {
-                slot = static_cast<long long>(max(p.cache_seqlens[tile.sequence], 0)) + row;
-                if (!find_slot(p, tile.sequence, slot, to_block, to_row)) continue;
+                if (!find_slot(p, tile.sequence, row, slot, to_block, to_row)) continue;
             }
             const long long from_row = extent.first + row;
             const char* from =
@@ -115,29 +120,41 @@ struct Append {
         }
     }
 
-    // Where a slot of sequence n lies; false if it is none.
-    static __device__ bool find_slot(const AppendParams& p, int n, long long slot, long long& block,
-                                     long long& row) {
-        const int cache_row = p.kv_batch_idx ? p.kv_batch_idx[n] : n;
-        if (cache_row < 0 || cache_row >= p.num_rows || slot < 0 || slot >= p.capacity)
+    // The slot of new row `row` of sequence n, and where it lies; false if there is no such place.
+    static __device__ bool find_slot(const AppendParams& p, int n, int row, int& slot,
+                                     long long& block, long long& place) {
+        const int used =
+            clamp(p.cache_seqlens[n], 0, p.capacity, Argument::seqused_k, Noted{p.status});
+        if (row >= p.capacity - used) {
+            note(p.status, Argument::seqused_k);
             return false;
-        block = cache_row;
-        row = slot;
-        if (p.page_table) {
-            const int at = static_cast<int>(slot);
-            const long long first = static_cast<long long>(cache_row) * p.pages_of_row;
-            block = p.page_table[first + at / p.page_size];
-            row = at % p.page_size;
         }
-        return block >= 0 && block < p.num_blocks;
+        slot = used + row;
+        const int cache_row = p.kv_batch_idx ? p.kv_batch_idx[n] : n;
+        if (cache_row < 0 || cache_row >= p.num_rows) {
+            note(p.status, Argument::kv_batch_idx);
+            return false;
+        }
+        block = cache_row;
+        place = slot;
+        if (p.page_table) {
+            const long long first = static_cast<long long>(cache_row) * p.pages_of_row;
+            block = p.page_table[first + slot / p.page_size];
+            place = slot % p.page_size;
+        }
+        if (block >= 0 && block < p.num_blocks) return true;
+        note(p.status, Argument::page_table);
+        return false;
     }
 
     // The row of the tables for row `row` of sequence n, as the number of its first element.
     static __device__ long long angles(const AppendParams& p, const RowMove& move, int n, int row) {
         const long long position =
             p.positions[n] + (move.advances ? static_cast<long long>(row) : 0);
-        const long long last = p.num_positions - 1;
-        return p.half * (position < 0 ? 0 : position < last ? position : last);
+        const int last = p.num_positions - 1;
+        if (position >= 0 && position <= last) return p.half * position;
+        note(p.status, Argument::rotary_seqlens);
+        return position < 0 ? 0 : static_cast<long long>(p.half) * last;
     }
 
     // x, the columns from `column` on of the row at `from`.
@@ -194,9 +211,9 @@ struct Append {
         return x * cos + (first ? -other : other) * sin;
     }
 
-    static __device__ float scale_of(const RowMove& move, int n, int head, long long slot) {
+    static __device__ float scale_of(const RowMove& move, int n, int head, int slot) {
         return move.descale[n * move.descale_stride[0] + head * move.descale_stride[1] +
-                            static_cast<int>(slot) / kScaleBlock * move.descale_stride[2]];
+                            slot / kScaleBlock * move.descale_stride[2]];
     }
 
     static __device__ void divide(float (&x)[kChunk], float scale) {

@@ -44,7 +44,7 @@ struct CombineConfig {
 };
 
 struct AppendConfig {
-    int threads = 256;
+    int threads = 128;
 };
 
 struct MergeConfig {

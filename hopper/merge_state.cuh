@@ -39,40 +39,40 @@ struct Merge {
         const auto at = [&](const long long (&stride)[3]) {
             return batch * stride[0] + position * stride[1] + head * stride[2];
         };
-        const float lse[2] = {p.lse[0][at(p.lse_stride[0])], p.lse[1][at(p.lse_stride[1])]};
+        const auto address = [&](const MergeState& state) {
+            return static_cast<char*>(state.out) +
+                   element_bytes(state.dtype) * (at(state.out_stride) + column);
+        };
+        float lse[2];
+        for (int i = 0; i < 2; ++i) lse[i] = p.states[i].lse[at(p.states[i].lse_stride)];
         const float top = fmaxf(lse[0], lse[1]);
         const float shift = top == -kInfinity ? 0.f : top;
         const float weight[2] = {exponential(lse[0] - shift), exponential(lse[1] - shift)};
         const float total = weight[0] + weight[1];
 
         const int count = min(kChunk, p.head_dim - column);
+        Chunk chunk;
         float sum[kChunk];
 #pragma unroll
         for (int j = 0; j < kChunk; ++j) sum[j] = -0.f;  // to which adding -0 leaves -0
 #pragma unroll
-        for (int state = 0; state < 2; ++state) {
-            if (lse[state] == -kInfinity) continue;
-            const Dtype dtype = p.out_dtype[state];
-            const char* out = static_cast<const char*>(p.out[state]) +
-                              element_bytes(dtype) * (at(p.out_stride[state]) + column);
-            Chunk chunk;
+        for (int i = 0; i < 2; ++i) {
+            if (lse[i] == -kInfinity) continue;
             float x[kChunk];
-            chunk.load(out, dtype, p.out_aligned[state], count);
-            chunk.unpack(dtype, x);
+            chunk.load(address(p.states[i]), p.states[i].dtype, p.states[i].aligned, count);
+            chunk.unpack(p.states[i].dtype, x);
 #pragma unroll
             for (int j = 0; j < kChunk; ++j) {
                 // Not fused: either order of the states gives the same sum.
-                sum[j] = __fadd_rn(sum[j], __fmul_rn(weight[state], x[j]));
+                sum[j] = __fadd_rn(sum[j], __fmul_rn(weight[i], x[j]));
             }
         }
 #pragma unroll
         for (int j = 0; j < kChunk; ++j) sum[j] = total == 0.f ? 0.f : __fdiv_rn(sum[j], total);
-        Chunk chunk;
-        chunk.pack(p.merged_dtype, sum);
-        char* merged = static_cast<char*>(p.merged) +
-                       element_bytes(p.merged_dtype) * (at(p.merged_stride) + column);
-        chunk.store(merged, p.merged_dtype, p.merged_aligned, count);
-        if (column == 0) p.merged_lse[at(p.merged_lse_stride)] = shift + sm90::log2(total) * kLn2;
+        const MergeState& merged = p.states[2];
+        chunk.pack(merged.dtype, sum);
+        chunk.store(address(merged), merged.dtype, merged.aligned, count);
+        if (column == 0) merged.lse[at(merged.lse_stride)] = shift + sm90::log2(total) * kLn2;
     }
 
     static __device__ float exponential(float x) { return sm90::exp2(x * kLog2E); }

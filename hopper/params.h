@@ -142,20 +142,24 @@ struct AppendParams {
     Dtype table_dtype;
     int num_positions, half;
     bool interleaved;   // pairs (2 m, 2 m + 1); else (m, m + half)
+    int* status;        // bits of Argument: what had to be clamped or dropped; may be null
     bool whole_chunks;  // half is a multiple of kChunk, and tables are aligned to 16 bytes
     int batch;
 };
 
+// One of the states a and b, or their merge.
+struct MergeState {
+    void* out;   // [b, seqlen, h, d]; the stride of d is 1
+    float* lse;  // [b, seqlen, h]; -inf: an empty state, whose out is not read
+    long long out_stride[3], lse_stride[3];
+    Dtype dtype;   // of out
+    bool aligned;  // rows begin at multiples of 16 bytes
+};
+
 // Merges two states: lse = log(exp(lse_a) + exp(lse_b)), out the mean with these weights.
 struct MergeParams {
-    const void* out[2];   // [b, seqlen, h, d]
-    const float* lse[2];  // [b, seqlen, h]; -inf: an empty state, whose out is not read
-    void* merged;         // as out
-    float* merged_lse;    // as lse
-    long long out_stride[2][3], lse_stride[2][3], merged_stride[3], merged_lse_stride[3];
-    Dtype out_dtype[2], merged_dtype;
-    bool out_aligned[2], merged_aligned;  // rows begin at multiples of 16 bytes
-    int batch, seqlen, num_heads, head_dim;
+    MergeState states[3];  // a, b, the result
+    int seqlen, num_heads, head_dim;
     int rows_per_tile;   // positions, of one batch entry
     unsigned num_tiles;  // less than 2^31
 };

@@ -14,7 +14,11 @@ from .tiles import DESCALE_BLOCK
 E4M3_MAX = 448.0
 
 
-def append_kv(a: AppendProblem) -> None:
+def append_kv(a: AppendProblem, q_out: Tensor | None) -> None:
+    """Write new keys and values; and a.q, rotated, into q_out (None without queries)."""
+    if q_out is not None:
+        rotary = (a.rotary_cos, a.rotary_sin, a.positions, a.cu_seqlens_q, a.q_advances, a.rotary_interleaved)
+        rotary_q(a.q, *rotary, q_out)
     sequence, offset, tokens = _tokens(a)
     slot = a.cache_seqlens.long()[sequence] + offset
     row = sequence if a.kv_batch_idx is None else a.kv_batch_idx.long()[sequence]
@@ -30,8 +34,7 @@ def append_kv(a: AppendProblem) -> None:
         sequence, offset, tokens, slot, row, place = (x[valid] for x in (sequence, offset, tokens, slot, row, place))
     keys, values = a.k.flatten(0, -3)[tokens], a.v.flatten(0, -3)[tokens]  # (tokens, h_kv, d|dv)
     if a.rotary_cos is not None:
-        base = a.cache_seqlens if a.rotary_seqlens is None else a.rotary_seqlens
-        keys = _rotate(keys, a.rotary_cos, a.rotary_sin, base.long()[sequence] + offset, a.rotary_interleaved)
+        keys = _rotate(keys, a.rotary_cos, a.rotary_sin, a.positions.long()[sequence] + offset, a.rotary_interleaved)
     a.k_cache[row, place] = _to_cache(keys, a.k.dtype, a.k_cache.dtype, a.k_descale, sequence, slot)
     a.v_cache[row, place] = _to_cache(values, a.v.dtype, a.v_cache.dtype, a.v_descale, sequence, slot)
 

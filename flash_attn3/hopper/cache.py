@@ -1,34 +1,35 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What comes before attention to a cache: new keys and values into their slots; rotary embedding."""
+"""What comes before attention to a cache: new keys and values into their slots, rotary embedding; one launch."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import variants
+from .. import status, variants
 from ..problem import AppendProblem
 from . import elsewhere, launch
 
-APPEND_CTAS = 8  # of a multiprocessor at most
+APPEND_CTAS = 16  # of a multiprocessor at most
 
 
-def append_kv(a: AppendProblem) -> None:
-    """Write a.k (rotated, if there are tables) and a.v into a.k_cache and a.v_cache."""
-    if a.cache_seqlens.numel() == 0 or a.k.numel() == 0:
-        return
-    if launch.unobtainable(variants.APPEND_KV.name):
-        return elsewhere.backend(a.k_cache).append_kv(a)
-    positions = a.cache_seqlens if a.rotary_seqlens is None else a.rotary_seqlens
-    _launch(
-        (a.k, a.v, a.k_cache, a.v_cache, None, None),
-        (a.cache_seqlens, a.cu_seqlens_k_new, None, a.kv_batch_idx, a.page_table, positions),
-        (a.rotary_cos, a.rotary_sin),
-        (a.k_descale, a.v_descale),
-        (a.k.dtype, a.k_cache.dtype, a.k.dtype),
-        a.rotary_interleaved,
-        True,
-    )
+def append_kv(a: AppendProblem, q_out: Tensor | None) -> None:
+    """Write a.k (rotated, if there are tables) and a.v into a.k_cache and a.v_cache; and a.q, rotated, into q_out.
+
+    Rows of packed q that belong to no sequence are left out.
+    """
+    prepared = a.prepared.get("append_kv")
+    if prepared is None:
+        if a.cache_seqlens.numel() == 0:
+            return
+        if launch.unobtainable(variants.APPEND_KV.name):
+            return elsewhere.backend(a.k_cache).append_kv(a, q_out)
+        prepared = a.prepared["append_kv"] = _prepare(
+            _append_tensors(a, q_out), a.rotary_interleaved, a.q_advances, (a.k.dtype, a.k_cache.dtype)
+        )
+    launch.run(prepared, _append_tensors(a, q_out), launch.stream(a.k_cache.device))
 
 
 def rotary_q(
@@ -45,41 +46,57 @@ def rotary_q(
 
     Rows of packed q that belong to no sequence are left out.
     """
-    if positions.numel() == 0 or q.numel() == 0:
+    if positions.numel() == 0:
         return
     if launch.unobtainable(variants.APPEND_KV.name):
         return elsewhere.backend(q).rotary_q(q, cos, sin, positions, cu_seqlens_q, advance, interleaved, out)
-    _launch(
-        (None, None, None, None, q, out),
-        (None, None, cu_seqlens_q, None, None, positions),
-        (cos, sin),
-        (None, None),
-        (q.dtype, q.dtype, q.dtype),
-        interleaved,
-        advance,
+    caches, slots, scales = (None,) * 4, (None, None), (None, None)
+    indices = (*slots, cu_seqlens_q, None, None, positions)
+    tensors = (*caches, q, out, *indices, cos, sin, *scales, status.device_word(q.device))
+    launch.run(_prepare(tensors, interleaved, advance, (q.dtype, q.dtype)), tensors, launch.stream(q.device))
+
+
+def _append_tensors(a: AppendProblem, q_out: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The fields of AppendTensorsOf in csrc/ops.h."""
+    return (
+        a.k,
+        a.v,
+        a.k_cache,
+        a.v_cache,
+        a.q,
+        q_out,
+        a.cache_seqlens,
+        a.cu_seqlens_k_new,
+        a.cu_seqlens_q,
+        a.kv_batch_idx,
+        a.page_table,
+        a.positions,
+        a.rotary_cos,
+        a.rotary_sin,
+        a.k_descale,
+        a.v_descale,
+        status.device_word(a.k_cache.device),
     )
 
 
-def _launch(
-    rows: tuple[Tensor | None, ...],
-    indices: tuple[Tensor | None, ...],
-    tables: tuple[Tensor | None, Tensor | None],
-    descales: tuple[Tensor | None, Tensor | None],
-    dtypes: tuple[torch.dtype, ...],
-    interleaved: bool,
-    advance: bool,
-) -> None:
-    """Arguments as in AppendTensors and AppendOptions of csrc/ops.h."""
-    positions = indices[-1]
-    device, stream = launch.place(positions.device)
-    launch.module().append_kv(
+def _prepare(
+    tensors: tuple[Tensor | None, ...], interleaved: bool, advances: bool, dtypes: tuple[torch.dtype, torch.dtype]
+) -> Any:
+    """The launch for tensors like these; dtypes of new keys and of the cache."""
+    q, positions, cos = tensors[4], tensors[11], tensors[12]
+    new_dtype, cache_dtype = dtypes
+    device = launch.number(positions.device)
+    return launch.module().PreparedAppend(
         launch.kernel(variants.APPEND_KV),
-        *map(launch.view, (*rows, *indices, *tables, *descales)),
-        *launch.dtypes(*dtypes, torch.float32 if tables[0] is None else tables[0].dtype),
-        interleaved,
-        advance,
-        positions.shape[0],
-        APPEND_CTAS * launch.num_multiprocessors(device),
+        tuple(map(launch.view, tensors)),
         device,
-        stream,
+        launch.stream(positions.device),
+        new_dtype=launch.dtype(new_dtype),
+        cache_dtype=launch.dtype(cache_dtype),
+        q_dtype=launch.dtype(new_dtype if q is None else q.dtype),
+        table_dtype=launch.dtype(torch.float32 if cos is None else cos.dtype),
+        interleaved=interleaved,
+        advances=advances,
+        batch=positions.shape[0],
+        max_grid=APPEND_CTAS * launch.num_multiprocessors(device),
     )

@@ -21,14 +21,17 @@ def merge_state(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, out:
     states = [unit_stride(out_a), lse_a, unit_stride(out_b), lse_b, out, lse]
     states = [_batched(x, x.ndim - out.ndim + 4) for x in states]  # copies live through the launch
     device, stream = launch.place(out.device)
-    launch.module().merge_state(
+    prepared = launch.module().PreparedMerge(
         launch.kernel(variants.MERGE_STATE),
-        *map(launch.view, states),
-        *launch.dtypes(out_a.dtype, out_b.dtype, out.dtype),
-        MERGE_CTAS * launch.num_multiprocessors(device),
+        tuple(map(launch.view, states)),
         device,
         stream,
+        a_dtype=launch.dtype(out_a.dtype),
+        b_dtype=launch.dtype(out_b.dtype),
+        out_dtype=launch.dtype(out.dtype),
+        max_grid=MERGE_CTAS * launch.num_multiprocessors(device),
     )
+    launch.run(prepared, tuple(states), stream)
 
 
 def _batched(x: Tensor, ndim: int) -> Tensor:

@@ -231,8 +231,14 @@ def _num_parts(num_rows: int) -> int:
     return max(1, min(triton.cdiv(num_rows, BLOCK_ROWS), MAX_PARTS))
 
 
-def append_kv(a: AppendProblem) -> None:
-    """Write the new keys (rotated) and values into k_cache and v_cache; nothing else in them changes."""
+def append_kv(a: AppendProblem, q_out: Tensor | None) -> None:
+    """Write the new keys (rotated) and values into k_cache and v_cache; nothing else in them changes.
+
+    And a.q, rotated, into q_out (None without queries).
+    """
+    if q_out is not None:
+        rotary = (a.rotary_cos, a.rotary_sin, a.positions, a.cu_seqlens_q, a.q_advances, a.rotary_interleaved)
+        rotary_q(a.q, *rotary, q_out)
     batch, num_heads_kv = a.cache_seqlens.shape[0], a.k.shape[-2]
     if batch == 0 or a.k.numel() == 0:
         return

@@ -104,10 +104,13 @@ def test_append(arch: str, cache_dtype: torch.dtype, compile_for) -> None:
     problem = AppendProblem(
         *(k.to(cache_dtype), v.to(cache_dtype), k_new, v_new, lengths, angles, angles, None, None, table, None),
         *scales,
+        q=None,
+        cu_seqlens_q=None,
+        q_advances=False,
         rotary_interleaved=True,
     )
     backend = runtime.backend("triton")
-    (append,) = compile_for(arch, lambda: backend.append_kv(problem))
+    (append,) = compile_for(arch, lambda: backend.append_kv(problem, None))
     rotate = backend.rotary_q, (k_new, angles, angles, lengths, None, True, False, torch.empty_like(k_new))
     (rotary,) = compile_for(arch, lambda: rotate[0](*rotate[1]))
     assert append.spilled == rotary.spilled == 0

@@ -18,12 +18,10 @@ from torch import Tensor
 
 from flash_attn3 import env, extension, replay, runtime
 from flash_attn3.hopper import launch
-from flash_attn3.variants import Variant
 from tests import hopper_sim
 from tests.sim import missing
 
 FOLDER = Path(__file__).parent
-AT_ONCE = ("append_kv", "merge_state")  # operations that are not prepared
 VARIABLE = "FLASH_ATTN3_LIBCUDA"
 
 
@@ -88,17 +86,12 @@ def simulator(simulated_driver: hopper_sim.Driver, monkeypatch: pytest.MonkeyPat
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the kernels that calls launch."""
     names: list[str] = []
-    kernel, run = launch.kernel, launch.run
-
-    def looked_up(variant: Variant) -> Any:
-        names.extend([variant.name] if variant.operation in AT_ONCE else [])
-        return kernel(variant)
+    run = launch.run
 
     def noted(prepared: Any, tensors: tuple[Tensor | None, ...], stream: int) -> bool:
         names.append(prepared.kernel)
         return run(prepared, tensors, stream)
 
-    monkeypatch.setattr(launch, "kernel", looked_up)
     monkeypatch.setattr(launch, "run", noted)
     return names
 

@@ -10,6 +10,7 @@ import torch
 from cases import named
 from torch import Tensor
 
+import flash_attn3
 from flash_attn3 import ops, reference
 from flash_attn3.problem import AppendProblem
 from flash_attn3.testing import bitwise_equal, offsets, pairwise, restrided, values
@@ -89,7 +90,7 @@ def case_of(choice: dict[str, Any], seed: int = 0) -> dict[str, Any]:
 
 def problem(a: dict[str, Any]) -> AppendProblem:
     names = AppendProblem.__dataclass_fields__
-    return AppendProblem(**{name: a.get(name) for name in names})
+    return AppendProblem(**{name: a.get(name) for name in names} | {"q_advances": False})
 
 
 def append(a: dict[str, Any]) -> None:
@@ -200,7 +201,7 @@ def test_repeated_scales_and_rows(name: str, simulator) -> None:
 def test_offsets_beyond_32_bits(name: str, dim: int, simulator, tmp_path) -> None:
     """A sparse file stands in for the memory: few of its pages are ever touched."""
     a = case_of(PLAIN | {"heads": 2, "new": (2, 2, 2)})
-    a |= {x: a[x][:, :5].contiguous() for x in ("k_cache", "v_cache")} | {"cache_seqlens": int32(3, 0, 4)}
+    a |= {x: a[x][:, :5].contiguous() for x in ("k_cache", "v_cache")} | {"cache_seqlens": int32(3, 0, 2)}
     like, far = a[name], 2**31 + 64  # elements
     strides = [64 * 10, 64 * 2, 64, 1]
     strides[dim] = far
@@ -232,6 +233,9 @@ def test_what_is_out_of_range_is_dropped_and_leaves_other_sequences_alone(name: 
     a[name][at] = content
     before = {x: a[x].clone() for x in ("k_cache", "v_cache")}
     append(a)
+    told = {"cache_seqlens": "seqused_k"}.get(name, name)
+    with pytest.raises(flash_attn3.FlashAttn3ValueError, match=told):
+        flash_attn3.check_errors()
     own = [sound["page_table"][row].long() for row in sound["kv_batch_idx"].tolist()]
     for x in ("k_cache", "v_cache"):
         assert bitwise_equal(a[x][own[0]], sound[x][own[0]])
@@ -255,8 +259,9 @@ def test_any_index_is_memory_safe(name: str, page_size: int, simulator) -> None:
         wrong = torch.randint(-(2**31), 2**31 - 1, a[name].shape).int()
         if seed % 2:
             wrong = torch.randint(-3, 20, a[name].shape).int()
-        append(a | {name: torch.where(torch.rand(wrong.shape) < 0.5, wrong, a[name])})
-        append(a | {name: wrong})
+        for broken in (torch.where(torch.rand(wrong.shape) < 0.5, wrong, a[name]), wrong):
+            append(a | {name: broken})
+            flash_attn3.status.device_word(a["k"].device).zero_()
 
 
 def test_nothing_to_append(simulator) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import flash_attn3
-from flash_attn3 import ops
+from flash_attn3 import hopper, ops
 from flash_attn3.testing import bitwise_equal
 
 hopper_fwd = sys.modules["flash_attn3.hopper.fwd"]  # the package has a function of this name
@@ -50,11 +50,15 @@ def calls() -> dict[str, tuple[Callable[[], Any], int]]:
     cached = partial(
         flash_attn3.flash_attn_with_kvcache, q, k, v, cache_seqlens=int32(100, 300), causal=True, backend=BACKEND
     )
+    new = {"k": k[:, :1].clone(), "v": v[:, :1].clone(), "cache_seqlens": int32(100, 299), "num_splits": 1}
+    tables = {name: torch.randn(300, 16) for name in ("rotary_cos", "rotary_sin")}
     return {
         "dense": (dense, 2),
         "varlen": (partial(varlen, causal=True, backend=BACKEND), 2),
         "given out": (partial(dense, out=torch.empty_like(q)), 1),
         "cached": (partial(cached, num_splits=1), 2),
+        "appended": (partial(cached, **new), 2),
+        "rotated": (partial(cached, **new, **tables), 3),  # and the rotated queries
         "split": (partial(cached, num_splits=3), 4),  # and the partial results
         "heuristic": (partial(cached, num_splits=0), 4),
     }
@@ -78,6 +82,7 @@ def test_a_replayed_call_prepares_nothing(simulator, monkeypatch) -> None:
         expected = call()
         with monkeypatch.context() as patch:
             patch.setattr(hopper_fwd, "_prepare", None)
+            patch.setattr(hopper.cache, "_prepare", None)
             assert bitwise_equal(call(), expected)
 
 

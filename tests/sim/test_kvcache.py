@@ -52,7 +52,7 @@ def test_append_and_attend(choice: dict[str, Any], simulator, launched: list[str
     oracle = GradCheck(case)
     plain = {name: case[name].clone() for name in CACHES}
     oracle.check_forward(*call(case, backend=BACKEND, num_splits=choice["num_splits"]))
-    assert launched[0] == "append_kv_t256"
+    assert [name.split("_")[0] for name in launched[:2]] == ["append", "fwd"]  # queries are rotated by the first
     call(case | plain, backend="cpu")  # which writes the same slots
     assert bitwise_equal(case["v"], plain["v"])
     ulp = 2.0**-7 if choice["dtype"] == torch.bfloat16 else 2.0**-10
