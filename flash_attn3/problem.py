@@ -10,12 +10,19 @@ Q and K, dv head dim of V.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The strides of a contiguous tensor."""
+    return tuple(accumulate((max(1, size) for size in shape[:0:-1]), operator.mul, initial=1))[::-1]
 
 
 class derived:
@@ -78,7 +85,7 @@ class AttentionProblem:
     return_max_logits: bool
     out_dtype: torch.dtype
 
-    DERIVED = ("out_shape", "lse_shape", "prepared")
+    DERIVED = ("out_shape", "out_stride", "lse_shape", "lse_stride", "prepared")
 
     @property
     def batch(self) -> int:
@@ -116,6 +123,15 @@ class AttentionProblem:
     @derived
     def out_shape(self) -> tuple[int, ...]:
         return (*self.q.shape[:-1], self.v.shape[-1])
+
+    @derived
+    def out_stride(self) -> tuple[int, ...]:
+        """Of a contiguous out."""
+        return contiguous(self.out_shape)
+
+    @derived
+    def lse_stride(self) -> tuple[int, ...]:
+        return contiguous(self.lse_shape)
 
     @derived
     def prepared(self) -> dict[Any, Any]:

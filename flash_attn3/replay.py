@@ -19,10 +19,11 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from . import autograd, env, ops
-from .call import Call, Result, run
+from .call import Call, Result, results, run
 from .checks import INT32_MAX, Checks
 from .problem import AppendProblem, AttentionProblem
 
+_is_grad_enabled, _is_deterministic = torch.is_grad_enabled, torch.are_deterministic_algorithms_enabled
 MAX_PLANS = 256  # for each function
 BOUNDS = ("max_seqlen_q", "max_seqlen_k")  # may differ in each step; no part of what a call means
 CONSTANTS = (type(None), bool, int, float, str)  # hashed by value, and cannot change
@@ -49,14 +50,13 @@ def replayed(fn: Callable[..., Call]) -> Callable[..., Result]:
             return run(fn(*args, **kwargs))
         plan = plans.get(key)
         if plan is not None:
-            call = plan.call(values)
-        else:
-            call = fn(*args, **kwargs)
-            plan = _plan(call, names, values)
-            if plan is not None:
-                if len(plans) >= MAX_PLANS:
-                    plans.clear()
-                plans[key] = plan
+            return plan.run(values)
+        call = fn(*args, **kwargs)
+        plan = _plan(call, names, values)
+        if plan is not None:
+            if len(plans) >= MAX_PLANS:
+                plans.clear()
+            plans[key] = plan
         return run(call, autograd.DIFFERENTIABLE if call.needs_grad else ops.DIRECT)
 
     wrapper.__signature__ = signature.replace(return_annotation="Result")
@@ -65,29 +65,24 @@ def replayed(fn: Callable[..., Call]) -> Callable[..., Result]:
 
 def _key(names: tuple[str, ...], values: tuple) -> tuple | None:
     """All that checks look at; None for values that a key cannot hold, and for tensors that need the dispatcher."""
-    parts: list[Any] = [
-        names,
-        torch.is_grad_enabled(),
-        torch.are_deterministic_algorithms_enabled(),
-        env.backend,
-        env.batch_invariant,
-    ]
+    parts: list[Any] = [names, _is_grad_enabled(), _is_deterministic(), env.backend, env.batch_invariant]
     tensors: list[int] = []
-    for name, x in zip(names, values, strict=False):
-        kind = type(x)
-        if kind is Tensor or kind is Parameter:
-            if x.layout is not torch.strided or x.is_nested or x.is_meta or x.is_neg():
+    try:
+        for name, x in zip(names, values, strict=False):
+            kind = type(x)
+            if kind is Tensor or kind is Parameter:
+                if x.is_neg():
+                    return None
+                tensors.append(id(x))
+                parts += (x.shape, x.stride(), x.dtype, x.device, x.requires_grad)
+            elif kind in CONSTANTS:
+                parts += (kind, 0 <= x <= INT32_MAX) if kind is int and name in BOUNDS else (kind, x)
+            elif kind is tuple and all(type(item) in CONSTANTS for item in x):
+                parts += (kind, tuple(map(type, x)), x)
+            else:
                 return None
-            tensors.append(id(x))
-            parts.append((x.shape, x.stride(), x.dtype, x.device, x.requires_grad))
-        elif kind is int and name in BOUNDS:
-            parts.append(0 <= x <= INT32_MAX)
-        elif kind in CONSTANTS:
-            parts.append((kind, x))
-        elif kind is tuple and all(type(item) in CONSTANTS for item in x):
-            parts.append((kind, *map(type, x), *x))
-        else:
-            return None
+    except RuntimeError:  # of a tensor that has no sizes or no strides: nested, sparse
+        return None
     if len(set(tensors)) < len(tensors):  # one tensor in two places: which of them are the same is part of the plan
         parts.append(tuple(map(tensors.index, tensors)))
     return tuple(parts)
@@ -120,6 +115,14 @@ class Plan(NamedTuple):
     out: int | None
     needs_grad: bool
     want_lse: bool
+    want_max_logits: bool
+
+    def run(self, values: tuple) -> Result:
+        """Past all that is at work under a check level only, and what the call does not ask for."""
+        if self.needs_grad or self.append is not None or self.out is not None:
+            return run(self.call(values), autograd.DIFFERENTIABLE if self.needs_grad else ops.DIRECT)
+        attended = ops.DIRECT.fwd(self.problem.fill(values), self.backend)
+        return results(attended, self.want_lse, self.want_max_logits)
 
     def call(self, values: tuple) -> Call:
         return Call(
@@ -140,7 +143,7 @@ def _plan(call: Call, names: tuple[str, ...], values: tuple) -> Plan | None:
     tensors = [x for x in values if isinstance(x, Tensor)]
     reads_contents = any(x.ndim == 0 for x in tensors)
     reads_bounds = any(x is not None and x.ndim == 3 for x in (p.q_descale, p.k_descale, p.v_descale))
-    if reads_contents or reads_bounds:
+    if reads_contents or reads_bounds or p.q.is_meta:
         return None
     positions = {id(x): position for position, x in enumerate(values) if isinstance(x, Tensor)}
     bounds = {name: position for position, name in enumerate(names) if name in BOUNDS and type(values[position]) is int}
@@ -149,7 +152,8 @@ def _plan(call: Call, names: tuple[str, ...], values: tuple) -> Plan | None:
     if problem is None or (call.append is not None and append is None):
         return None
     out = None if call.out is None else positions[id(call.out)]
-    return Plan(call.checks, call.append_checks, call.backend, problem, append, out, call.needs_grad, call.want_lse)
+    wanted = call.needs_grad, call.want_lse, p.return_max_logits
+    return Plan(call.checks, call.append_checks, call.backend, problem, append, out, *wanted)
 
 
 def _template(problem: Problem, positions: dict[int, int], bounds: dict[str, int]) -> Template | None:

@@ -21,7 +21,7 @@ from flash_attn3.testing import bitwise_equal
 
 hopper_fwd = sys.modules["flash_attn3.hopper.fwd"]  # the package has a function of this name
 pytestmark = pytest.mark.unpoisoned
-ALLOCATION = "aten.new_empty.default"
+ALLOCATIONS = ("aten.new_empty.default", "aten.empty_strided.default")
 
 
 class Seen(TorchDispatchMode):
@@ -73,7 +73,7 @@ def test_nothing_but_outputs_is_allocated_and_nothing_is_read(name: str, simulat
         monkeypatch.setattr(ops, "is_plain", lambda: True)  # the mode below is to see what a call without it does
         with Seen() as seen:
             result = call()
-    assert seen.operators == Counter({ALLOCATION: allocations})
+    assert seen.operators.keys() <= set(ALLOCATIONS) and seen.operators.total() == allocations
     assert bitwise_equal(result, expected)
 
 
