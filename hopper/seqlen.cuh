@@ -21,7 +21,9 @@ struct Extent {
         : batch(cu_seqlens ? 0 : n), first(0), size(length) {
         if (!cu_seqlens) return;
         first = clamp(cu_seqlens[n], 0, length, argument, tell);
-        size = clamp(cu_seqlens[n + 1], first, length, argument, tell) - first;
+        const int end = cu_seqlens[n + 1];
+        size = max(min(end, length) - first, 0);
+        if (first + size != end) tell(argument);
     }
 };
 
@@ -44,12 +46,15 @@ struct Sequence {
         const bool known = 0 <= k_batch && k_batch < p.cache_rows;  // else it has no keys
         if (!known) tell(Argument::kv_batch_idx);
         const int capacity = known ? k.size : 0;
-        const int before = used(p.seqused_k, n, capacity, Argument::seqused_k, tell);
-        const int padding =
-            p.leftpad_k ? used(p.leftpad_k, n, before, Argument::leftpad_k, tell) : 0;
         const Extent fresh(p.cu_seqlens_k_new, n, p.cu_seqlens_k_new ? kUnbounded : p.seqlen_k_new);
-        const int slots =
-            before + clamp(fresh.size, 0, capacity - before, Argument::seqused_k, tell);
+        int slots = used(p.seqused_k, n, capacity, Argument::seqused_k, tell);
+        const int padding =
+            p.leftpad_k ? used(p.leftpad_k, n, slots, Argument::leftpad_k, tell) : 0;
+        slots += fresh.size;  // none without seqused_k
+        if (slots > capacity) {
+            tell(Argument::seqused_k);
+            slots = capacity;
+        }
         first_key = k.first + padding;
         num_keys = slots - padding;
         num_all_keys = num_keys;
@@ -72,6 +77,7 @@ struct Sequence {
 // launch: the others clamp in silence.
 __device__ inline void note_clamps(const FwdParams& p, int thread, int num_threads) {
     if (!p.status) return;
+#pragma unroll 1
     for (int n = thread; n < p.batch; n += num_threads) Sequence(p, n, Noted{p.status});
 }
 
