@@ -85,7 +85,8 @@ def stream(device: torch.device) -> int:
 
 
 def view(x: Tensor | None) -> tuple | None:
-    return None if x is None else (x.data_ptr(), x.shape, x.stride())
+    """What a launch is prepared for."""
+    return None if x is None else (0, x.shape, x.stride())
 
 
 def run(prepared: Any, tensors: tuple[Tensor | None, ...], stream: int) -> bool:

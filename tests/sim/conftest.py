@@ -54,11 +54,7 @@ def simulator(simulated_driver: hopper_sim.Driver, monkeypatch: pytest.MonkeyPat
     for plans in replay._plans:  # which know the number of multiprocessors, that tests change
         plans.clear()
     given: list[Tensor] = []
-    view, run = launch.view, launch.run
-
-    def viewed(x: Tensor | None) -> tuple | None:
-        given.extend([] if x is None or x.is_meta else [x])
-        return view(x)
+    run = launch.run
 
     def noted(prepared: Any, tensors: tuple[Tensor | None, ...], stream: int) -> bool:
         given.extend(x for x in tensors if x is not None)
@@ -70,7 +66,6 @@ def simulator(simulated_driver: hopper_sim.Driver, monkeypatch: pytest.MonkeyPat
             x = given.pop()
             driver.register(x.data_ptr(), extent(x), f"{str(x.dtype).removeprefix('torch.')}{tuple(x.shape)}")
 
-    monkeypatch.setattr(launch, "view", viewed)
     monkeypatch.setattr(launch, "run", noted)
     monkeypatch.setattr(launch, "num_multiprocessors", launch.num_multiprocessors.__wrapped__)
     driver.library.hopper_sim_on_launch(on_launch)
