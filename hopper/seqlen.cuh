@@ -22,7 +22,7 @@ struct Extent {
         if (!cu_seqlens) return;
         first = clamp(cu_seqlens[n], 0, length, argument, tell);
         const int end = cu_seqlens[n + 1];
-        size = max(min(end, length) - first, 0);
+        size = max(min(end, length), first) - first;
         if (first + size != end) tell(argument);
     }
 };
