@@ -34,7 +34,7 @@ def paged_decode(shape: DecodeShape, stopwatch: Stopwatch) -> Entry:
         f"{OURS} cpu": contestants.flash_decode(shape, tensors, "cpu"),
         "SDPA": contestants.sdpa_decode(shape, tensors),
     }
-    racing = [contestants.decode_contestant(name, run, shape, stopwatch) for name, run in runs.items()]
+    racing = [contestants.decode_contestant(name, run, stopwatch, bytes=shape.bytes()) for name, run in runs.items()]
     return Entry(racing, expect_decode(shape, tensors), shape.torch_dtype)
 
 

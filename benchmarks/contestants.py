@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from harness import OURS, Local, Stopwatch
-from shapes import BACKWARD, BOTH, FORWARD, DecodeShape, Shape
+from shapes import BACKWARD, BOTH, FORWARD, Composition, DecodeShape, Shape
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -115,6 +115,11 @@ def flash_decode(shape: DecodeShape, tensors: dict[str, Tensor], backend: str) -
     return lambda: flash_attn3.flash_attn_with_kvcache(**tensors, backend=backend)
 
 
+def flash_composition(shape: Composition, tensors: dict[str, Tensor], backend: str) -> Callable[[], Tensor]:
+    options = {"max_seqlen_q": max(shape.new), "causal": True, "backend": backend}
+    return lambda: flash_attn3.flash_attn_with_kvcache(**tensors, **options)
+
+
 def sdpa_decode(shape: DecodeShape, tensors: dict[str, Tensor], backend: SDPBackend | None = None):
     """Pages are gathered first, within the time measured: SDPA knows no page table."""
     q = tensors["q"].transpose(1, 2)
@@ -135,12 +140,14 @@ def sdpa_decode(shape: DecodeShape, tensors: dict[str, Tensor], backend: SDPBack
     return run
 
 
-def decode_contestant(name: str, run: Callable[[], Tensor], shape: DecodeShape, stopwatch: Stopwatch) -> Local:
+def decode_contestant(name: str, run: Callable[[], Tensor], stopwatch: Stopwatch, **counts: int) -> Local:
+    """`counts`: bytes or flops of a run."""
+
     def without_grad() -> Tensor:
         with torch.no_grad():
             return run()
 
-    return Local(name, without_grad, stopwatch, lambda out: {"out": out}, bytes=shape.bytes())
+    return Local(name, without_grad, stopwatch, lambda out: {"out": out}, **counts)
 
 
 def cublas(stopwatch: Stopwatch, size: int = 8192) -> Local:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from shapes import DecodeShape, Shape
+from shapes import Composition, DecodeShape, Shape
 from torch import Tensor
 
 from flash_attn3 import reference
@@ -128,5 +128,19 @@ def expect_decode(shape: DecodeShape, tensors: dict[str, Tensor]) -> list[Expect
             k, v = (cache[n : n + 1, :, kv_heads] for cache in caches)
         index = (slice(n, n + 1), slice(None), heads)
         exact = reference.attention(tensors["q"][index].double(), k.double(), v.double()).out
+        expected.append(Expected("out", index, exact))
+    return expected
+
+
+def expect_composition(shape: Composition, tensors: dict[str, Tensor]) -> list[Expected]:
+    """Of the first and the last sequence, each over one KV head."""
+    group, starts = shape.h // shape.h_kv, tensors["cu_seqlens_q"].tolist()
+    expected = []
+    for n, head_kv in {(0, 0), (len(shape.new) - 1, shape.h_kv - 1)}:
+        index = (slice(starts[n], starts[n + 1]), slice(head_kv * group, (head_kv + 1) * group))
+        pages, used = tensors["page_table"][n].long(), shape.context + shape.new[n]
+        caches = (tensors[name][pages].flatten(0, 1)[:used] for name in ("k_cache", "v_cache"))
+        k, v = (cache[None, :, head_kv : head_kv + 1].double() for cache in caches)
+        exact = reference.attention(tensors["q"][index][None].double(), k, v, causal=True).out[0]
         expected.append(Expected("out", index, exact))
     return expected

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import contestants
@@ -65,4 +66,4 @@ def captured(contestant: Local) -> Local:
         graph.replay()
         return result
 
-    return Local(f"{contestant.name}, graph", replay, contestant.stopwatch, contestant.outputs, bytes=contestant.bytes)
+    return replace(contestant, name=f"{contestant.name}, graph", run=replay)

@@ -12,9 +12,14 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from harness import RESULTS, file_name
-from readme_table import Report, best, caption, reports
+from readme_table import YARDSTICKS, Report, best, caption, reports
 
-FIGURES = {"fwd": ("tflops", "TFLOP/s"), "bwd": ("tflops", "TFLOP/s"), "decode": ("gbps", "GB/s")}
+FIGURES = {
+    "fwd": ("tflops", "TFLOP/s"),
+    "bwd": ("tflops", "TFLOP/s"),
+    "decode": ("gbps", "GB/s"),
+    "splitfuse": ("ms", "ms"),
+}
 PANELS_IN_A_ROW = 4
 
 
@@ -26,15 +31,16 @@ def by_row(report: Report) -> dict[str, list[dict]]:
     return rows
 
 
-def plot_rates(report: Report, path: Path) -> None:
+def plot_rates(report: Report, path: Path, table: str) -> None:
     """One panel for each row of the table, one line for each contestant."""
-    figure_name, unit = FIGURES[report["bench"]]
+    figure_name, unit = FIGURES[table]
     panels = by_row(report)
     height = -(-len(panels) // PANELS_IN_A_ROW)
     figure, axes = plt.subplots(height, PANELS_IN_A_ROW, figsize=(16, 3.2 * height), squeeze=False)
     lines = {}
     for axis, (label, cases) in zip(axes.flat, panels.items(), strict=False):
         names = dict.fromkeys(row["contestant"] for case in cases for row in case["rows"] if figure_name in row)
+        names = [name for name in names if figure_name != "ms" or name not in YARDSTICKS]  # which do other work
         for name in names:
             points = {
                 case["column"]: row[figure_name]
@@ -84,10 +90,13 @@ def main() -> int:
     for bench, found in reports(args.results).items():
         for report in found:
             path = (args.results / file_name(bench, report["device"], quick=False)).with_suffix(".png")
-            if bench in FIGURES:
-                plot_rates(report, path)
-            elif bench == "cpu":
-                plot_ratios(report, path)
+            for table in dict.fromkeys(case["table"] for case in report["cases"]):
+                part = report | {"cases": [case for case in report["cases"] if case["table"] == table]}
+                picture = path if table == bench else path.with_stem(f"{path.stem}-{table}")
+                if table in FIGURES:
+                    plot_rates(part, picture, table)
+                elif table == "cpu":
+                    plot_ratios(part, picture)
     return 0
 
 

@@ -73,6 +73,14 @@ def faster(rows: Rows) -> str:
     return f"{theirs / ours:.2f}"
 
 
+def bandwidth(rows: Rows) -> str:
+    """GB/s against the best peer, and the share of what a copy reached in the same run."""
+    copy = [row["gbps"] for row in rows if row["contestant"] == "copy" and "gbps" in row]
+    ours = best(rows, "gbps", ours=True)
+    against = versus("gbps", "{:.0f}")(rows)
+    return against if ours is None or not copy else f"{against}, {ours / copy[0]:.0%} of copy"
+
+
 def microseconds(rows: Rows) -> str:
     ours = best(rows, "ms", ours=True)
     return f"{ours * 1e3:.0f} us" if ours else NOT_MEASURED
@@ -82,15 +90,17 @@ CELLS = {
     "cpu": faster,
     "fwd": versus("tflops", "{:.0f}"),
     "bwd": versus("tflops", "{:.0f}"),
-    "decode": versus("gbps", "{:.0f}"),
+    "decode": bandwidth,
+    "splitfuse": microseconds,
     "host": microseconds,
 }
 
 
-def table(bench: str, found: list[Report]) -> str:
-    if not found:
-        return NOT_MEASURED
-    return "\n\n".join(one_table(report, CELLS[bench]) for report in found)
+def table(name: str, found: list[Report]) -> str:
+    """Of the cases that belong into table `name`: a benchmark may fill several."""
+    parts = [report | {"cases": [case for case in report["cases"] if case["table"] == name]} for report in found]
+    parts = [one_table(part, CELLS[name]) for part in parts if part["cases"]]
+    return "\n\n".join(parts) if parts else NOT_MEASURED
 
 
 def one_table(report: Report, cell: Callable[[Rows], str]) -> str:
@@ -120,7 +130,7 @@ def write(text: str, found: dict[str, list[Report]]) -> str:
             return f"{start}{support.table()}\n{end}"
         if name not in CELLS:
             raise SystemExit(f"table:{name}: expected support or one of {', '.join(CELLS)}")
-        return f"{start}{table(name, found.get(name, []))}\n{end}"
+        return f"{start}{table(name, [report for reports in found.values() for report in reports])}\n{end}"
 
     return MARKED.sub(renew, text)
 

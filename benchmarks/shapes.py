@@ -94,6 +94,35 @@ class DecodeShape:
         return (cache + 2 * self.b * self.h * self.d) * self.torch_dtype.itemsize
 
 
+@dataclass(frozen=True)
+class Composition:
+    """A forward of Dynamic SplitFuse: of `budget` tokens `decodes` stand alone, the others are a piece of a prompt.
+
+    Each sequence has `context` tokens in the cache before, in pages.
+    """
+
+    decodes: int
+    budget: int = 768
+    context: int = 1024
+    h: int = 32
+    h_kv: int = 8
+    d: int = 128
+    page_size: int = 64
+    dtype: str = "fp16"
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]
+
+    @property
+    def new(self) -> tuple[int, ...]:
+        """New tokens of each sequence."""
+        return (1,) * self.decodes + ((self.budget - self.decodes,) if self.decodes < self.budget else ())
+
+    def flops(self) -> int:
+        return 4 * self.h * self.d * sum(n * self.context + visible_pairs(n, True, -1) for n in self.new)
+
+
 def inputs(shape: Shape, device: str, seed: int = 0) -> dict[str, Tensor]:
     """q, k, v, dout of N(0, 1); (b, s, heads, d), or packed (t, heads, d) with cu_seqlens."""
     generator = torch.Generator(device).manual_seed(seed)
@@ -131,6 +160,27 @@ def decode_inputs(shape: DecodeShape, device: str, seed: int = 0) -> dict[str, T
     made |= {"k_cache": normal(*size), "v_cache": normal(*size)}
     made["cache_seqlens"] = torch.full((shape.b,), shape.keys, device=device, dtype=torch.int32)
     return made
+
+
+def composition_inputs(shape: Composition, device: str, seed: int = 0) -> dict[str, Tensor]:
+    """q (budget, h, d) over pages in random order, which hold the new tokens already."""
+    generator = torch.Generator(device).manual_seed(seed)
+    used = [shape.context + n for n in shape.new]
+    width = -(-max(used) // shape.page_size)
+    order = torch.randperm(len(used) * width, device=device, generator=generator)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, device=device, generator=generator).to(shape.torch_dtype)
+
+    size = (len(order), shape.page_size, shape.h_kv, shape.d)
+    return {
+        "q": normal(shape.budget, shape.h, shape.d),
+        "k_cache": normal(*size),
+        "v_cache": normal(*size),
+        "page_table": order.view(-1, width).int(),
+        "cache_seqlens": torch.tensor(used, device=device, dtype=torch.int32),
+        "cu_seqlens_q": torch.tensor([0, *shape.new], device=device).cumsum(0).int(),
+    }
 
 
 def lognormal_lengths(batch: int, most: int, seed: int = 0) -> tuple[int, ...]:
@@ -174,3 +224,7 @@ def decode(quick: bool) -> list[DecodeShape]:
         for keys in lengths
         if b * keys * h_kv <= 64 * 16384 * 8  # the cache stays below 4 GiB each
     ]
+
+
+def compositions(quick: bool) -> list[Composition]:
+    return [Composition(decodes) for decodes in ((0, 512) if quick else (0, 64, 128, 256, 512))]

@@ -14,6 +14,7 @@ import bench_bwd
 import bench_cpu
 import bench_decode
 import bench_fwd
+import contestants
 import gate
 import gpu_entry
 import harness
@@ -96,6 +97,20 @@ def test_gate_of_decode_follows_the_page_table() -> None:
     assert judge({"out": out.float().flip(0)}, expected, torch.float32)
 
 
+@pytest.mark.parametrize("decodes", [0, 3, 20])
+def test_gate_of_a_composition(decodes: int) -> None:
+    """A piece of a prompt alone, beside decode tokens, and decode tokens alone."""
+    shape = shapes.Composition(decodes, budget=20, context=13, h=4, h_kv=2, d=16, page_size=8, dtype="fp32")
+    assert sum(shape.new) == 20 and len(shape.new) == decodes + (decodes < 20)
+    tensors = shapes.composition_inputs(shape, "cpu")
+    expected = gate.expect_composition(shape, tensors)
+    with torch.no_grad():
+        out = contestants.flash_composition(shape, tensors, "cpu")()
+    assert judge({"out": out}, expected, torch.float32) is None
+    assert judge({"out": out.flip(0)}, expected, torch.float32)
+    assert shape.flops() == 4 * 4 * 16 * sum(13 * n + n * (n + 1) // 2 for n in shape.new)
+
+
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("window", [-1, 0, 3, 40])
 @pytest.mark.parametrize("n", [0, 1, 4, 33])
@@ -167,6 +182,12 @@ def test_tables(tmp_path: Path) -> None:
     assert "<!-- table:bwd -->\nnot measured\n<!-- /table -->" in written
     assert written.startswith("a\n") and "\nb\n" in written
     assert readme_table.write(written, found) == written
+    decode = report_of("decode")
+    rows = [{"contestant": name, "status": "ok", "gbps": x} for name, x in (("flash_attn3", 60.0), ("copy", 80.0))]
+    decode["cases"][0]["rows"] = rows
+    decode["cases"].append({"table": "splitfuse", "row": "768 tokens", "column": "64 decodes", "rows": []})
+    assert "| D64 | 60, 75% of copy |" in readme_table.table("decode", [decode])
+    assert "| 768 tokens | not measured |" in readme_table.table("splitfuse", [decode])
     with pytest.raises(SystemExit, match="table:other"):
         readme_table.write("<!-- table:other -->\n<!-- /table -->", found)
 
@@ -192,10 +213,12 @@ def test_quick_runs_enter_no_table(tmp_path: Path) -> None:
 def test_plots(tmp_path, monkeypatch) -> None:
     for bench in ("fwd", "cpu"):
         report = report_of(bench, flash_attn3=300.0, SDPA=200.0)
+        if bench == "fwd":
+            report["cases"] += report_of("splitfuse", flash_attn3=300.0, copy=900.0)["cases"]
         (tmp_path / f"{bench}.json").write_text(json.dumps(report))
     monkeypatch.setattr(sys, "argv", ["plots.py", "--results", str(tmp_path)])
     assert plots.main() == 0
-    assert {path.name for path in tmp_path.glob("*.png")} == {"fwd-h100.png", "cpu-h100.png"}
+    assert {path.name for path in tmp_path.glob("*.png")} == {"fwd-h100.png", "fwd-h100-splitfuse.png", "cpu-h100.png"}
 
 
 @pytest.mark.parametrize(
