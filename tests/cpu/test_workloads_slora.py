@@ -101,27 +101,32 @@ def bgmv(x: Tensor, pool: UnifiedPool, adapters: list[Tensor | None], projection
             rows.append(torch.zeros_like(x_i))
             continue
         own = cells.view(len(PROJECTIONS), -1)[projection]  # (rank,) cells
-        rows.append((x_i @ pool.k[own].view(-1, HIDDEN).T) @ pool.v[own].view(-1, HIDDEN))
+        rows.append((x_i @ pool.k[own].float().view(-1, HIDDEN).T) @ pool.v[own].float().view(-1, HIDDEN))
     return torch.stack(rows)
 
 
-def test_d3_heterogeneous_adapters() -> None:
-    """Decode of requests with different adapters or none, against each request alone with merged weights, in fp32."""
-    pool = UnifiedPool(torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_d3_heterogeneous_adapters(dtype: torch.dtype) -> None:
+    """Decode of requests with different adapters or none, against each request alone with merged weights.
+
+    Projections are fp32; cache and attention are of `dtype`.
+    """
+    pool = UnifiedPool(dtype)
     ranks, scales = [8, None, 64, 16, None], torch.tensor([0.5, 1.0, 2.0, 1.0, 3.0])[:, None]
     weights = [values((HIDDEN, HIDDEN), torch.float32, seed=i) / HIDDEN**0.5 for i in range(3)]
     factors = [
-        None if rank is None else [values((4 * rank, HIDDEN), torch.float32, seed=10 * rank + i) / 16 for i in range(2)]
+        None if rank is None else [values((4 * rank, HIDDEN), dtype, seed=10 * rank + i) / 16 for i in range(2)]
         for rank in ranks
     ]
     adapters = [None if pair is None else pool.put(*pair) for pair in factors]
     x = values((5, HIDDEN), torch.float32, seed=4)
     lengths = [3, 17, 64, 1, 130]
-    past = list(zip(*(tokens(lengths, H, D, torch.float32, seed) for seed in (5, 6)), strict=True))
+    past = list(zip(*(tokens(lengths, H, D, dtype, seed) for seed in (5, 6)), strict=True))
     angles = torch.outer(torch.arange(200.0), 10000 ** -(torch.arange(0.0, D, 2) / D))
     rotary = dict(rotary_cos=angles.cos(), rotary_sin=angles.sin())
 
     def decode(q: Tensor, k: Tensor, v: Tensor, requests: list[int]) -> Tensor:
+        q, k, v = (y.to(dtype) for y in (q, k, v))
         cells = [torch.cat([pool.put(*past[n]), pool.take(1)]) for n in requests]
         case = pool.case(q.view(-1, 1, H, D), [1] * len(q), cells)
         used = case["seqused_k"] - 1
@@ -135,10 +140,13 @@ def test_d3_heterogeneous_adapters() -> None:
     for n, pair in enumerate(factors):
         merged = []
         for i, w in enumerate(weights):
-            a, b = (None, None) if pair is None else (side.view(len(PROJECTIONS), -1, HIDDEN)[i] for side in pair)
+            a, b = (
+                (None, None) if pair is None else (side.float().view(len(PROJECTIONS), -1, HIDDEN)[i] for side in pair)
+            )
             merged.append(w if pair is None else w + scales[n] * (a.T @ b))
         alone = decode(*(x[n : n + 1] @ w for w in merged), [n])
-        torch.testing.assert_close(together[n], alone[0], rtol=1e-5, atol=1e-5)
+        error = 1e-5 if dtype == torch.float32 else 2.0**-7
+        torch.testing.assert_close(together[n], alone[0], rtol=error, atol=error)
 
 
 def test_d4_pages_are_freed_and_used_again() -> None:
