@@ -17,6 +17,7 @@ WRONG = [  # argument, element, value; lengths are 150 and 40 keys of 160, and 1
     ("cu_seqlens_q", 1, 134),
     ("cu_seqlens_q", 2, 99),
     ("cu_seqlens_q", 2, 2**31 - 1),
+    ("cu_seqlens_q", 2, -(2**31)),
     ("cu_seqlens_k", 0, -(2**31)),
     ("cu_seqlens_k", 2, 201),
     ("cu_seqlens_k", 1, 201),
