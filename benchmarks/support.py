@@ -16,7 +16,6 @@ from flash_attn3.problem import AttentionProblem
 BATCH, LENGTH, HEADS, HEADS_KV, CAPACITY, PAGE_SIZE = 2, 256, 8, 2, 512, 16
 HALF = torch.bfloat16
 CHECKS = Checks("support")
-BACKWARD_ELSEWHERE = ("hopper",)  # has forward kernels only; gradients of its calls run on another backend
 
 Ask = Callable[[bool], AttentionProblem]  # whether the inputs require grad -> the problem
 
@@ -101,8 +100,6 @@ FEATURES: dict[str, tuple[Ask, ...]] = {
 
 def serves(backend: str, ask: Ask, grad: bool) -> bool:
     """Whether `backend` has kernels for the problem, whatever machine this is."""
-    if grad and backend in BACKWARD_ELSEWHERE:
-        return False
     try:
         p = ask(grad)
         needs_grad = validate.gradients(CHECKS, p)

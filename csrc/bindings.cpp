@@ -123,25 +123,51 @@ void read(Keywords& from, MergeOptions& options) {
     FA3_READ(max_grid);
 }
 
+void read(Keywords& from, BwdOptions& options) {
+    FA3_READ(dtype);
+    FA3_READ(out_dtype);
+    FA3_READ(sink_dtype);
+    FA3_READ(dq_dtype);
+    FA3_READ(dk_dtype);
+    FA3_READ(dv_dtype);
+    FA3_READ(softmax_scale);
+    FA3_READ(softcap);
+    FA3_READ(window_left);
+    FA3_READ(window_right);
+    FA3_READ(attention_chunk);
+    FA3_READ(batch);
+    FA3_READ(block_m);
+    FA3_READ(block_n);
+    FA3_READ(accum_columns);
+    FA3_READ(num_m_blocks);
+    FA3_READ(num_n_blocks);
+    FA3_READ(num_workspace_blocks);
+    FA3_READ(num_splits);
+    FA3_READ(heads_per_split);
+    FA3_READ(heads_per_section);
+    FA3_READ(last_first);
+}
+
 #undef FA3_READ
 
-// An operation of ops.h as a class: made from a kernel, its tensors and its options, launched on
-// addresses.
-template <typename Prepared>
+// An operation of ops.h as a class: made from a kernel or three, which it keeps alive, its tensors
+// and its options; launched on addresses.
+template <typename Prepared, typename... More>
 void bind_prepared(py::module_& m, const char* name) {
     py::class_<Prepared>(m, name, py::module_local(),
                          "A launch for tensors of certain sizes and strides; see csrc/ops.h.")
-        .def(py::init([](Kernel& kernel, const typename Prepared::Tensors& tensors, int device,
-                         uintptr_t stream, const py::kwargs& values) {
+        .def(py::init([](Kernel& kernel, More&... more, const typename Prepared::Tensors& tensors,
+                         int device, uintptr_t stream, const py::kwargs& values) {
                  typename Prepared::Options options;
                  Keywords keywords(values);
                  read(keywords, options);
                  keywords.finish();
                  const py::gil_scoped_release without_gil;
-                 return std::make_unique<Prepared>(kernel, tensors, options,
+                 return std::make_unique<Prepared>(kernel, more..., tensors, options,
                                                    Place{device, as_stream(stream)});
              }),
-             py::keep_alive<1, 2>())
+             py::keep_alive<1, 2>(), py::keep_alive<1, 2 + (sizeof...(More) + 1) / 2>(),
+             py::keep_alive<1, 2 + sizeof...(More)>())
         .def(
             "launch",
             [](const Prepared& prepared, const typename Prepared::Addresses& at, uintptr_t stream) {
@@ -233,6 +259,7 @@ PYBIND11_MODULE(_C, m) {
     bind_prepared<PreparedCombine>(m, "PreparedCombine");
     bind_prepared<PreparedAppend>(m, "PreparedAppend");
     bind_prepared<PreparedMerge>(m, "PreparedMerge");
+    bind_prepared<PreparedBwd, Kernel, Kernel>(m, "PreparedBwd");
 
     m.def("encode_tensor_map", &tensor_map_bytes, py::arg("tensor"), py::arg("type"),
           py::arg("element_bytes"), py::arg("view"), py::arg("box"), py::arg("swizzle"),

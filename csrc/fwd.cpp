@@ -1,40 +1,13 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Fills FwdParams, encodes the tensor maps and launches fa3_fwd.
-#include <algorithm>
-#include <limits>
 #include <numbers>
 
+#include "fill.h"
 #include "ops.h"
 #include "tile_counter.h"
 
 namespace fa3 {
 namespace {
-
-enum { kBatch, kRow, kHead, kColumn };  // dimensions of Q, K and V
-
-struct Dim {
-    int64_t size, stride;
-    int box = 1;
-};
-
-// Innermost dimension first. A tensor without elements has no map (rank 0), and kernels do not read
-// it.
-TensorMapSpec map_spec(const char* tensor, Dtype dtype, std::initializer_list<Dim> dims) {
-    TensorMapSpec spec{};
-    spec.tensor = tensor;
-    if (std::ranges::any_of(dims, [](const Dim& dim) { return dim.size == 0; })) return spec;
-    spec.type =
-        dtype == Dtype::bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-    spec.element_bytes = 2;
-    spec.rank = static_cast<int>(dims.size());
-    spec.swizzle = CU_TENSOR_MAP_SWIZZLE_128B;
-    for (int i = 0; const Dim& dim : dims) {
-        spec.size[i] = dim.size;
-        spec.stride[i] = dim.stride;
-        spec.box[i++] = dim.box;
-    }
-    return spec;
-}
 
 // Tiles of `positions` rows of `pack` heads.
 TensorMapSpec packed_map(const char* tensor, Dtype dtype, const TensorView& x, int pack,
@@ -46,34 +19,6 @@ TensorMapSpec packed_map(const char* tensor, Dtype dtype, const TensorView& x, i
                      {x.size[kHead] / pack, x.stride[kHead] * pack},
                      {x.size[kBatch], x.stride[kBatch]}});
 }
-
-TensorMapSpec keys_map(const char* tensor, Dtype dtype, const TensorView& x, int box_keys) {
-    if (box_keys == 0) return {};
-    return map_spec(tensor, dtype,
-                    {{x.size[kColumn], 1, kPanel},
-                     {x.size[kRow], x.stride[kRow], box_keys},
-                     {x.size[kHead], x.stride[kHead]},
-                     {x.size[kBatch], x.stride[kBatch]}});
-}
-
-int length(const char* tensor, int64_t rows) {
-    FA3_CHECK(rows <= kUnbounded, "flash_attn3: ", tensor, " has ", rows,
-              " rows; expected at most ", kUnbounded);
-    return static_cast<int>(rows);
-}
-
-// A scale that is positive and normal: with 0, hidden scores of -inf would become NaN.
-float positive(double scale) {
-    using Limits = std::numeric_limits<float>;
-    return static_cast<float>(std::clamp<double>(scale, Limits::min(), Limits::max()));
-}
-
-bool aligned(std::initializer_list<const void*> addresses) {
-    return std::ranges::all_of(
-        addresses, [](const void* at) { return reinterpret_cast<uintptr_t>(at) % 16 == 0; });
-}
-
-int window_side(int side) { return side < 0 ? kUnbounded : std::min(side, kUnbounded); }
 
 void set_strides(FwdParams& params, const PreparedFwd::Tensors& tensors, bool split) {
     TensorView out = split ? tensors.out : unsqueezed(tensors.out, 0);
@@ -146,8 +91,8 @@ PreparedFwd::PreparedFwd(Kernel& kernel, const Tensors& tensors, const Options& 
       dynamic_(options.dynamic) {
     const TensorView q = batched(tensors.q), k = batched(tensors.k), v = batched(tensors.v);
     q_map_ = packed_map("q", options.dtype, q, options.pack, function_.abi.block_m / options.pack);
-    k_map_ = keys_map("k", options.dtype, k, options.box_keys);
-    v_map_ = keys_map("v", options.dtype, v, options.box_keys);
+    k_map_ = rows_map("k", options.dtype, k, options.box_keys);
+    v_map_ = rows_map("v", options.dtype, v, options.box_keys);
     set_strides(params_.k, k);
     set_strides(params_.v, v);
     set_slots(params_, k, tensors.page_table);

@@ -89,6 +89,31 @@ struct MergeOptions {
     unsigned max_grid;
 };
 
+template <typename T>
+struct BwdTensorsOf {
+    T q, k, v, dout, out;  // as in FwdTensorsOf; dout as out
+    T lse, dlse;           // (b, h, s_q), or packed (h, t_q)
+    T dq, dk, dv;          // as q, k, v; absent: not wanted
+    T dsink;               // (h,) fp32
+    T cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k;
+    T sink;    // (h,), if dsink is wanted
+    T status;  // (1,): what had to be clamped
+    T lse_log2, delta, dq_accum, weightless, semaphores, dsink_parts;  // see BwdParams
+    T dk_parts, dv_parts;  // as dk, dv with the splits in front, fp32
+};
+
+struct BwdOptions {
+    Dtype dtype, out_dtype, sink_dtype, dq_dtype, dk_dtype, dv_dtype;
+    float softmax_scale, softcap;
+    int window_left, window_right;  // -1: unbounded
+    int attention_chunk;
+    int batch;
+    int block_m, block_n, accum_columns;                   // of the main kernel
+    int num_m_blocks, num_n_blocks, num_workspace_blocks;  // see BwdParams
+    int num_splits, heads_per_split, heads_per_section;
+    bool last_first;
+};
+
 // A device, and the stream that asks for the kernel there.
 struct Place {
     int device;
@@ -186,6 +211,29 @@ class PreparedMerge {
     const int device_;
     unsigned grid_;
     MergeParams params_{};
+};
+
+// Its three kernels. Without dq, dk and dv only dsink is computed.
+class PreparedBwd {
+  public:
+    using Tensors = BwdTensorsOf<TensorView>;
+    using Addresses = BwdTensorsOf<void*>;
+    using Options = BwdOptions;
+
+    PreparedBwd(Kernel& preprocess, Kernel& main, Kernel& postprocess, const Tensors& tensors,
+                const Options& options, const Place& place);
+
+    // False, and nothing is launched, where q, k, v, dout, out or a gradient lies at an address
+    // that is not a multiple of 16.
+    bool launch(const Addresses& at, CUstream stream) const;
+
+    const std::string& kernel() const { return main_.kernel; }
+
+  private:
+    const Function &preprocess_, &main_, &postprocess_;
+    const int device_;
+    BwdParams params_{};
+    TensorMapSpec q_map_, dout_map_, k_map_, v_map_;
 };
 
 }  // namespace fa3

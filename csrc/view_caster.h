@@ -75,4 +75,7 @@ struct type_caster<fa3::AppendTensorsOf<T>> : tensors_caster<fa3::AppendTensorsO
 template <typename T>
 struct type_caster<fa3::MergeTensorsOf<T>> : tensors_caster<fa3::MergeTensorsOf, T> {};
 
+template <typename T>
+struct type_caster<fa3::BwdTensorsOf<T>> : tensors_caster<fa3::BwdTensorsOf, T> {};
+
 }  // namespace pybind11::detail

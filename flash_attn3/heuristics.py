@@ -10,11 +10,13 @@ import functools
 from typing import NamedTuple
 
 from .problem import AttentionProblem
-from .variants import FwdVariant
+from .variants import BwdVariant, FwdVariant
 
 L2_BYTES = 32 * 2**20  # of 50 MB: what K and V of the heads in work may fill
 MAX_SPLITS = 128
 ENOUGH_TILES = 0.8  # for each multiprocessor: more splits would gain nothing
+BWD_L2_BYTES = 40 * 2**20  # of 50 MB: what Q, dO and the sums of dQ of the heads in work may fill
+BWD_WAVES = 2  # CTAs for each multiprocessor before a group of query heads is shared out
 NEAR_BEST = 0.85  # of the efficiency that more splits would reach
 KEYS_STEP = 256  # bounds of key lengths count in these steps, so that decoding steps share what is prepared
 
@@ -92,3 +94,36 @@ def _fewest_splits(num_tiles: int, num_n_blocks: int, num_multiprocessors: int) 
     choices = range(1, min(MAX_SPLITS, max(1, num_n_blocks)) + 1)
     least = min(map(time, choices))
     return next(choice for choice in choices if least >= NEAR_BEST * time(choice))
+
+
+class BwdLaunch(NamedTuple):
+    """Fields of BwdOptions in csrc/ops.h."""
+
+    num_m_blocks: int
+    num_n_blocks: int
+    num_workspace_blocks: int
+    num_splits: int
+    heads_per_split: int
+    heads_per_section: int
+    last_first: bool
+
+
+def bwd_launch(p: AttentionProblem, variant: BwdVariant, num_multiprocessors: int) -> BwdLaunch:
+    packed_q, packed_k = p.cu_seqlens_q is not None, p.cu_seqlens_k is not None
+    rows = min(p.max_seqlen_q, p.q.shape[0]) if packed_q else p.q.shape[1]
+    keys = min(p.max_seqlen_k, p.k.shape[0]) if packed_k else p.k.shape[1]
+    num_m_blocks, num_n_blocks = max(1, -(-rows // variant.block_m)), -(-keys // variant.block_n)
+    blocks = p.q.shape[0] // variant.block_m + p.batch if packed_q else num_m_blocks * p.batch
+    group = p.num_heads // max(1, p.num_heads_kv)
+    ctas = max(1, num_n_blocks * p.num_heads_kv * p.batch)
+    enough = BWD_WAVES * max(1, num_multiprocessors - p.sm_margin)
+    heads_per_split = max(1, -(-group // max(1, -(-enough // ctas))))
+    bytes_of_head = group * rows * (p.head_dim_v * p.q.itemsize + p.head_dim * (p.q.itemsize + 4))
+    fitting = max(1, BWD_L2_BYTES // max(1, bytes_of_head))
+    section = min(max(1, p.num_heads_kv), 1 << (fitting.bit_length() - 1))
+    # A causal mask gives the first keys the most rows. In a fixed order the last ones come first: each CTA then finds
+    # that those before it have added to a block of rows just when it needs to.
+    last_first = p.deterministic and p.window_right >= 0
+    return BwdLaunch(
+        num_m_blocks, num_n_blocks, blocks, -(-group // heads_per_split), heads_per_split, section, last_first
+    )

@@ -80,6 +80,56 @@ class FwdVariant(Variant):
 
 
 @dataclass(frozen=True)
+class BwdVariant(Variant):
+    operation = "bwd"
+    config = "BwdConfig"
+
+    dtype: str
+    head_dim: int  # the largest d and dv that it serves
+    head_dim_v: int
+    block_m: int = 64  # query rows of a step
+    block_n: int = 128  # keys of a CTA: 64 for each consumer warpgroup, or 64 that they share
+    consumers: int = 2  # warpgroups
+    stages: int = 2  # tiles of Q in shared memory
+    stages_dout: int = 2  # of dout
+    softcap: bool = False
+
+    @property
+    def name(self) -> str:
+        return (
+            f"bwd_{self.dtype}_d{self.head_dim}_v{self.head_dim_v}_m{self.block_m}_n{self.block_n}_w{self.consumers}"
+            f"_s{self.stages}{self.stages_dout}" + "_cap" * self.softcap
+        )
+
+
+@dataclass(frozen=True)
+class BwdPreprocessVariant(Variant):
+    operation = "bwd_preprocess"
+    config = "BwdPreprocessConfig"
+
+    threads: int = 128
+
+    @property
+    def name(self) -> str:
+        return f"bwd_preprocess_t{self.threads}"
+
+    @property
+    def block_m(self) -> int:
+        """Any: that of the main kernel."""
+        return 0
+
+
+@dataclass(frozen=True)
+class BwdPostprocessVariant(BwdPreprocessVariant):
+    operation = "bwd_postprocess"
+    config = "BwdPostprocessConfig"
+
+    @property
+    def name(self) -> str:
+        return f"bwd_postprocess_t{self.threads}"
+
+
+@dataclass(frozen=True)
 class CombineVariant(Variant):
     operation = "combine"
     config = "CombineConfig"
@@ -136,10 +186,22 @@ BLOCK_N = {(64, 64): 128, (96, 96): 128, (128, 128): 128, (192, 128): 128, (192,
 SWIZZLE_ROWS = 8  # of 128 bytes, the period of the swizzle in shared memory
 SMALL_TILE = 64  # query rows, for calls that have no more of them: half the work of a tile of 128
 
+# Of the backward: (block_m, block_n, consumers, stages, stages_dout) by head dims. What fits with no spill into 227 KB
+# of shared memory and the registers of 2 or 3 warpgroups.
+BWD_TILES = {
+    (64, 64): (128, 128, 2, 2, 2),
+    (96, 96): (64, 128, 2, 2, 2),
+    (128, 128): (64, 128, 2, 2, 2),
+    (192, 128): (96, 64, 3, 2, 2),
+    (192, 192): (96, 64, 3, 2, 1),
+    (256, 256): (64, 64, 2, 2, 1),
+}
 
 COMBINE = CombineVariant()
 APPEND_KV = AppendVariant()
 MERGE_STATE = MergeVariant()
+BWD_PREPROCESS = BwdPreprocessVariant()
+BWD_POSTPROCESS = BwdPostprocessVariant()
 
 
 @functools.cache
@@ -155,9 +217,19 @@ def fwd_variants() -> tuple[FwdVariant, ...]:
 
 
 @functools.cache
+def bwd_variants() -> tuple[BwdVariant, ...]:
+    return tuple(
+        BwdVariant(dtype, d, dv, *tile, softcap=softcap)
+        for dtype in ("bf16", "fp16")
+        for (d, dv), tile in BWD_TILES.items()
+        for softcap in (False, True)
+    )
+
+
+@functools.cache
 def all_variants() -> tuple[Variant, ...]:
     """Of every operation."""
-    return (*fwd_variants(), COMBINE, APPEND_KV, MERGE_STATE)
+    return (*fwd_variants(), COMBINE, APPEND_KV, MERGE_STATE, BWD_PREPROCESS, *bwd_variants(), BWD_POSTPROCESS)
 
 
 def by_name(name: str) -> Variant | None:
@@ -230,6 +302,28 @@ def _select(
         and variant.kv_source == _kv_source(variant.block_n, page_size, padded_pages)
     )
     return min(able, key=lambda variant: abs(variant.block_m - rows), default=None)
+
+
+def select_bwd(p: AttentionProblem) -> BwdVariant | None:
+    """The main kernel of the backward of `p`, None where there is none."""
+    return _select_bwd(p.q.dtype, p.q.shape[-1], p.v.shape[-1], p.softcap > 0)
+
+
+@functools.cache
+def _select_bwd(dtype: torch.dtype, head_dim: int, head_dim_v: int, softcap: bool) -> BwdVariant | None:
+    wanted = (DTYPES.get(str(dtype)), held_in(head_dim, head_dim_v), softcap)
+    able = (v for v in bwd_variants() if (v.dtype, (v.head_dim, v.head_dim_v), v.softcap) == wanted)
+    return next(able, None)
+
+
+def bwd_names(dtype: str, head_dim: int, head_dim_v: int, softcap: bool) -> tuple[str, ...]:
+    """The kernels of a backward."""
+    wanted = (dtype, head_dim, head_dim_v, softcap)
+    main = next(v.name for v in bwd_variants() if (v.dtype, v.head_dim, v.head_dim_v, v.softcap) == wanted)
+    return BWD_PREPROCESS.name, main, BWD_POSTPROCESS.name
+
+
+bwd_names._dynamo_marked_constant = True  # see runtime.py
 
 
 @functools.cache

@@ -39,6 +39,35 @@ struct FwdConfig {
     constexpr int panels_v() const { return (head_dim_v + kPanel - 1) / kPanel; }
 };
 
+// Fields in the order of BwdVariant. A warpgroup has 64 keys of its own, or all warpgroups have the
+// same 64 and share out queries and columns, where accumulators are too wide for one.
+struct BwdConfig {
+    Dtype dtype = Dtype::bf16;
+    int head_dim = 128;
+    int head_dim_v = 128;
+    int block_m = 64;     // query rows of a step
+    int block_n = 128;    // keys of a CTA
+    int consumers = 2;    // warpgroups
+    int stages = 2;       // tiles of Q in shared memory
+    int stages_dout = 2;  // of dout
+    bool softcap = false;
+
+    constexpr bool shares_keys() const { return block_n == kWarpgroupRows; }
+    constexpr int threads() const { return 128 * (consumers + 1); }
+    constexpr int producer_registers() const { return consumers == 3 ? 32 : 24; }
+    constexpr int consumer_registers() const { return consumers == 3 ? 160 : 240; }
+    constexpr int panels() const { return (head_dim + kPanel - 1) / kPanel; }
+    constexpr int panels_v() const { return (head_dim_v + kPanel - 1) / kPanel; }
+};
+
+struct BwdPreprocessConfig {
+    int threads = 128;
+};
+
+struct BwdPostprocessConfig {
+    int threads = 128;
+};
+
 struct CombineConfig {
     int threads = 128;  // a warp for each row
 };

@@ -30,7 +30,8 @@ struct OutputRow {
     }
 };
 
-__device__ inline float load_sink(const FwdParams& p, int head) {
+template <class Params>
+__device__ float load_sink(const Params& p, int head) {
     if (p.sink_dtype == Dtype::fp32) return static_cast<const float*>(p.sink)[head];
     const unsigned short bits = static_cast<const unsigned short*>(p.sink)[head];
     return p.sink_dtype == Dtype::bf16 ? sm90::to_float<Dtype::bf16>(bits)
@@ -64,24 +65,25 @@ __device__ inline void transpose_quad(unsigned (&words)[4], int lane) {
     }
 }
 
-// Column 8 j + 2 (lane % 4) + e of the row is acc[4 j + 2 h + e].
+// Row `at` of a tensor, of which this thread's quad holds `columns` or fewer: column 8 j + 2 (lane
+// % 4) + e is acc[4 j + 2 h + e].
 template <Dtype T, int R>
-__device__ void store_row(const FwdParams& p, const float (&acc)[R], int h, const OutputRow& row,
-                          int lane) {
+__device__ void store_row(void* tensor, Dtype dtype, long long at, bool exists, int columns,
+                          const float (&acc)[R], int h, int lane) {
     const int quad_lane = lane % 4;
-    if (p.out_dtype == Dtype::fp32) {
-        float* out = static_cast<float*>(p.out) + row.out;
+    if (dtype == Dtype::fp32) {
+        float* out = static_cast<float*>(tensor) + at;
 #pragma unroll
         for (int j = 0; j < R / 4; ++j) {
             const int column = 8 * j + 2 * quad_lane;
-            if (row.exists && column < p.head_dim_v) {
+            if (exists && column < columns) {
                 *reinterpret_cast<float2*>(out + column) = {acc[4 * j + 2 * h],
                                                             acc[4 * j + 2 * h + 1]};
             }
         }
         return;
     }
-    unsigned short* out = static_cast<unsigned short*>(p.out) + row.out;
+    unsigned short* out = static_cast<unsigned short*>(tensor) + at;
 #pragma unroll
     for (int j = 0; j < R / 4; j += 4) {
         unsigned words[4];
@@ -90,7 +92,7 @@ __device__ void store_row(const FwdParams& p, const float (&acc)[R], int h, cons
             words[i] = sm90::pack<T>(acc[4 * (j + i) + 2 * h], acc[4 * (j + i) + 2 * h + 1]);
         transpose_quad(words, lane);
         const int column = 8 * (j + quad_lane);
-        if (row.exists && column < p.head_dim_v) {
+        if (exists && column < columns) {
             *reinterpret_cast<uint4*>(out + column) = {words[0], words[1], words[2], words[3]};
         }
     }
@@ -152,7 +154,7 @@ __device__ void finish_tile(const FwdParams& p, const Sequence& seq, const Tile&
                 x = zero ? 0.f : x * end.factor;
             }
         }
-        store_row<T>(p, acc, h, to, lane);
+        store_row<T>(p.out, p.out_dtype, to.out, to.exists, p.head_dim_v, acc, h, lane);
         if (lane % 4 == 0 && to.exists) {
             p.lse[to.lse] = to.attends ? end.lse : -kInfinity;
             if (p.max_logits && to.attends)

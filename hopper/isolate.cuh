@@ -39,6 +39,34 @@ __device__ bool inspect_values(unsigned short (&v)[kPanels][kKeys][kPanel], int 
     return found;
 }
 
+// A row of such a block: zeros unless it is `kept`, zeros for values that are not finite if they
+// are to be `cleared`; returns whether there were some. 8 neighbouring threads with neighbouring
+// rows meet no bank twice.
+template <Dtype T, int kPanels, int kRows>
+__device__ bool inspect_row(unsigned short (&x)[kPanels][kRows][kPanel], int row, bool kept,
+                            bool cleared) {
+    constexpr int kChunks = kPanel / 8;
+    unsigned found = 0;
+#pragma unroll 4
+    for (int i = 0; i < kPanels * kChunks; ++i) {
+        uint4& chunk = *reinterpret_cast<uint4*>(&x[i / kChunks][row][8 * ((i ^ row) % kChunks)]);
+        if (!kept) {
+            chunk = {};
+            continue;
+        }
+        const uint4 old = chunk;
+        const unsigned bad[4] = {non_finite<T>(old.x), non_finite<T>(old.y), non_finite<T>(old.z),
+                                 non_finite<T>(old.w)};
+        const unsigned any = bad[0] | bad[1] | bad[2] | bad[3];
+        found |= any;
+        if (any && cleared) {
+            chunk = {old.x & ~((bad[0] >> 15) * 0xffff), old.y & ~((bad[1] >> 15) * 0xffff),
+                     old.z & ~((bad[2] >> 15) * 0xffff), old.w & ~((bad[3] >> 15) * 0xffff)};
+        }
+    }
+    return found;
+}
+
 // Adds the block's non-finite values to the accumulators of the rows that see them. Layout of acc
 // as of a product with V; `first_key` is that of the block.
 template <Dtype T, int kPanels, int kKeys, int R>

@@ -16,18 +16,43 @@ struct KeyRange {
 
 __device__ inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
-// Of the query at `position` of its sequence. Both ends grow with the position.
-__device__ inline KeyRange visible_keys(const FwdParams& p, const Sequence& seq, int position) {
-    const int aligned = position + seq.num_all_keys - seq.num_rows;  // the last query: the last key
-    int lo = max(aligned - p.window_left, 0),
-        hi = min(aligned + p.window_right + 1, seq.num_all_keys);
+// Of the query that is aligned to key `aligned` of `num_keys`.
+template <class Params>
+__device__ KeyRange aligned_keys(const Params& p, int aligned, int num_keys) {
+    int lo = max(aligned - p.window_left, 0), hi = min(aligned + p.window_right + 1, num_keys);
     if (p.attention_chunk > 0) {
         const int chunk = aligned < 0 ? -1 : aligned / p.attention_chunk;
         lo = max(lo, chunk * p.attention_chunk);
         hi = min(hi, (chunk + 1) * p.attention_chunk);
     }
-    if (p.cp_world_size > 1) hi = hi > p.cp_rank ? (hi - p.cp_rank - 1) / p.cp_world_size + 1 : 0;
-    return {lo, max(min(hi, seq.num_keys), 0)};
+    return {lo, max(hi, 0)};
+}
+
+// Of the query at `position` of its sequence, whose last query sees the last key. Both ends grow
+// with the position.
+__device__ inline KeyRange visible_keys(const FwdParams& p, const Sequence& seq, int position) {
+    KeyRange keys = aligned_keys(p, position + seq.num_all_keys - seq.num_rows, seq.num_all_keys);
+    if (p.cp_world_size > 1)
+        keys.hi = keys.hi > p.cp_rank ? (keys.hi - p.cp_rank - 1) / p.cp_world_size + 1 : 0;
+    return {keys.lo, min(keys.hi, seq.num_keys)};
+}
+
+__device__ inline KeyRange visible_keys(const BwdParams& p, const Sequence& seq, int position) {
+    return aligned_keys(p, position + seq.num_keys - seq.num_rows, seq.num_keys);
+}
+
+// The queries that see a key: an interval too, whose both ends grow with the key.
+__device__ inline KeyRange visible_rows(const BwdParams& p, const Sequence& seq, int key) {
+    const int shift =
+        seq.num_keys - seq.num_rows;  // of a position, to the key that it is aligned to
+    int lo = max(key - p.window_right, shift), last = min(key + p.window_left, seq.num_keys - 1);
+    if (p.attention_chunk > 0) {
+        const int chunk = key - key % p.attention_chunk;
+        lo = max(lo, chunk);
+        last = min(last, chunk + (p.attention_chunk - 1));
+    }
+    if (key >= seq.num_keys) return {0, 0};
+    return {max(lo - shift, 0), last + 1 - shift};
 }
 
 // Blocks [lo, hi) of keys hold what a tile sees; in [full_lo, full_hi) every row sees every key.
@@ -60,10 +85,30 @@ __device__ KeyBlocks key_blocks(const FwdParams& p, const Sequence& seq, const T
     return blocks;
 }
 
+// The same of the rows that see a block of keys.
+template <int kRows, int kKeys>
+__device__ KeyBlocks row_blocks(const BwdParams& p, const Sequence& seq, int n_block) {
+    const int first = n_block * kKeys, last = min(first + kKeys, seq.num_keys) - 1;
+    if (last < first) return {};
+    const KeyRange of_first = visible_rows(p, seq, first), of_last = visible_rows(p, seq, last);
+    KeyBlocks blocks{of_first.lo / kRows, ceil_div(of_last.lo, kRows), of_first.hi / kRows,
+                     min(ceil_div(of_last.hi, kRows), p.num_m_blocks)};
+    if (last - first + 1 < kKeys) blocks.full_hi = 0;  // the end of the sequence cuts all
+    blocks.full_hi = max(min(blocks.full_hi, blocks.hi), blocks.lo);
+    blocks.full_lo = min(max(blocks.full_lo, blocks.lo), blocks.full_hi);
+    return blocks;
+}
+
 // A thread holds 2 adjacent keys of every 8: of its keys 0, 1, 8, 9, ... so many are below `limit`.
 __device__ inline int held_below(int limit) {
     limit = max(limit, 0);
     return limit / 8 * 2 + min(limit % 8, 2);
+}
+
+// Of the first 32 keys that a thread holds from `first` on, a bit for each visible one.
+__device__ inline unsigned kept_bits(const KeyRange& visible, int first) {
+    return sm90::low_bits(held_below(visible.hi - first)) &
+           ~sm90::low_bits(held_below(visible.lo - first));
 }
 
 // -inf at the scores of invisible keys; `first_key` is that of scores[0]. A bit for each score,

@@ -98,6 +98,63 @@ struct FwdParams {
     int* tile_counter;  // [2] zeros, left as zeros; null: CTA i takes tiles i, i + gridDim.x, ...
 };
 
+// The backward: three kernels with one argument. Rows and keys of a sequence as in the forward.
+//   preprocess: delta, the LSE in base 2, zeros for dq_accum and semaphores, parts of dsink
+//   main: dk and dv, or parts of them, and sums of dq in dq_accum
+//   postprocess: dq, dsink, and dk and dv where they came in parts
+// The workspace holds num_workspace_blocks blocks of block_m rows for each query head; sequence n
+// starts at block n * num_m_blocks, or cu_seqlens_q[n] / block_m + n.
+struct BwdParams {
+    CUtensorMap q_map;     // (d, seqlen_q, h, b); box (kPanel, block_m)
+    CUtensorMap dout_map;  // (dv, seqlen_q, h, b); box (kPanel, block_m)
+    CUtensorMap k_map;     // (d, seqlen_k, h_kv, b); box (kPanel, block_n)
+    CUtensorMap v_map;     // (dv, seqlen_k, h_kv, b); box (kPanel, block_n)
+
+    struct Tensor {
+        void* data;                                       // rows aligned to 16 bytes
+        long long batch_stride, row_stride, head_stride;  // that of the columns is 1
+        long long split_stride;                           // of parts
+        Dtype dtype;
+    };
+    Tensor out, dout;           // [b, seqlen_q, h, dv]
+    Tensor dq, dk, dv;          // null: not wanted
+    Tensor dk_parts, dv_parts;  // [splits, b, seqlen_k, h_kv, d | dv] fp32, where num_splits > 1
+    const float *lse, *dlse;    // [b, h, seqlen_q]; dlse may be null
+    long long lse_stride[3], dlse_stride[3];  // of b, h, seqlen_q
+
+    float* lse_log2;     // [h, workspace rows]; +inf for rows without weight
+    float* delta;        // [h, workspace rows]: sum(dout * out) - dlse
+    float* dq_accum;     // [h, blocks, block_m * accum_columns], see Patch
+    int* weightless;     // [h, blocks]: a row of the block sees keys, but has an LSE of -inf
+    int* semaphores;     // [h, blocks]: how many key blocks have been added; null: in any order
+    float* dsink_parts;  // [h, blocks]
+    float* dsink;        // [h]
+
+    const int* cu_seqlens_q;  // [b + 1]
+    const int* cu_seqlens_k;  // [b + 1]
+    const int* seqused_q;     // [b]
+    const int* seqused_k;     // [b]
+
+    int* status;  // as in FwdParams
+
+    int batch, seqlen_q, seqlen_k, num_heads, num_heads_kv, head_dim, head_dim_v;
+    Dtype dtype;  // of Q, K, V, dout
+
+    int window_left, window_right, attention_chunk;  // as in FwdParams
+    float scale_log2, softcap_scale;                 // as in FwdParams
+    float softmax_scale;
+    const void* sink;  // [h] logits
+    Dtype sink_dtype;
+
+    int block_m, block_n;  // of the main kernel
+    int accum_columns;     // of a row of dq_accum, the head dim of the main kernel
+    int num_m_blocks, num_n_blocks, num_workspace_blocks;
+    int num_splits,
+        heads_per_split;    // query heads of a KV head that a CTA of the main kernel takes
+    int heads_per_section;  // of h_kv, whose Q, dout and dq stay in L2
+    bool last_first;        // the order of key blocks
+};
+
 // Merges the parts of a split: lse = log sum exp(lse_i), out = sum exp(lse_i - lse) out_i.
 struct CombineParams {
     const float* out_partial;  // [splits, b, seqlen, h, d]

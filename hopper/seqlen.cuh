@@ -33,6 +33,7 @@ struct Sequence {
     int rows_written;         // these and the unused rows behind them, which are zeros
     int first_key, num_keys;  // the slot of the first key
     int num_all_keys;         // over all context-parallel ranks
+    int keys_written;         // of the backward: these and the unused keys behind them
 
     template <typename Tell = Quiet>
     __device__ Sequence(const FwdParams& p, int n, const Tell& tell = {}) {
@@ -62,6 +63,21 @@ struct Sequence {
             num_all_keys =
                 used(p.cp_tot_seqused_k, n, kUnbounded, Argument::cp_tot_seqused_k, tell);
         }
+        keys_written = k.size;
+    }
+
+    template <typename Tell = Quiet>
+    __device__ Sequence(const BwdParams& p, int n, const Tell& tell = {}) {
+        const Extent q(p.cu_seqlens_q, n, p.seqlen_q, Argument::cu_seqlens_q, tell);
+        const Extent k(p.cu_seqlens_k, n, p.seqlen_k, Argument::cu_seqlens_k, tell);
+        q_batch = q.batch;
+        first_row = q.first;
+        rows_written = q.size;
+        num_rows = used(p.seqused_q, n, q.size, Argument::seqused_q, tell);
+        k_batch = k.batch;
+        first_key = k.first;
+        keys_written = k.size;
+        num_keys = used(p.seqused_k, n, k.size, Argument::seqused_k, tell);
     }
 
   private:
@@ -75,7 +91,8 @@ struct Sequence {
 
 // Tells the host of the sequences that had to be clamped, each looked at by one thread of the
 // launch: the others clamp in silence.
-__device__ inline void note_clamps(const FwdParams& p, int thread, int num_threads) {
+template <typename Params>
+__device__ void note_clamps(const Params& p, int thread, int num_threads) {
     if (!p.status) return;
 #pragma unroll 1
     for (int n = thread; n < p.batch; n += num_threads) Sequence(p, n, Noted{p.status});

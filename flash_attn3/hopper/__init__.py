@@ -1,19 +1,17 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The `hopper` backend: CUDA kernels for compute capability 9.0, launched by the compiled module `_C`.
-
-What has no kernel of its own yet (gradients) runs `elsewhere`.
-"""
+"""The `hopper` backend: CUDA kernels for compute capability 9.0, launched by the compiled module `_C`."""
 
 from __future__ import annotations
 
 import torch
 
-from .. import runtime, variants
+from .. import variants
 from ..problem import AttentionProblem
-from . import elsewhere, launch
+from . import bwd as backward
+from . import launch
+from .bwd import bwd
 from .cache import append_kv, rotary_q
 from .combine import combine
-from .elsewhere import bwd
 from .fwd import fwd
 from .merge import merge_state
 
@@ -34,8 +32,8 @@ def unsupported_reason(p: AttentionProblem, needs_grad: bool) -> str | None:
         return f"has no kernel with {', '.join(names)} yet"
     if reason := variants.unsupported_reason(p):
         return reason
-    if needs_grad and (reason := runtime.reason(elsewhere.name(p.q.device), p, needs_grad)):
-        return f"has no backward of its own yet, and {elsewhere.name(p.q.device)}: {reason}"
+    if needs_grad and (reason := backward.unsupported_reason(p)):
+        return reason
     if p.q.is_meta:
         return None
     if not torch.compiler.is_compiling():

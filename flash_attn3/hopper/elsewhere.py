@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from .. import runtime
-from ..problem import AttentionProblem
 
 
 def name(device: torch.device) -> str:
@@ -22,7 +21,3 @@ def name(device: torch.device) -> str:
 def backend(x: Tensor) -> ModuleType:
     """The module of the backend that stands in on the device of `x`."""
     return runtime.backend(runtime.for_device("flash_attn3", x.device, name(x.device)))
-
-
-def bwd(p: AttentionProblem, dout: Tensor, *tensors: Tensor | None) -> None:
-    backend(dout).bwd(p, dout, *tensors)

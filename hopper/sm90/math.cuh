@@ -7,6 +7,7 @@
 namespace fa3 {
 
 constexpr float kInfinity = __builtin_bit_cast(float, 0x7f800000u);
+constexpr float kNan = __builtin_bit_cast(float, 0x7fffffffu);
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
 namespace sm90 {

@@ -12,22 +12,26 @@ namespace fa3::sm90 {
 
 namespace gmma = cute::SM90::GMMA;
 
-// The instruction by type and N: A in shared memory (K-major, as B), or in registers with B
-// MN-major.
+using gmma::Major;
+
+// The instruction by type and N: A in shared memory, or in registers with B MN-major.
 template <Dtype, int N>
 struct Wgmma;
 
 #define FA3_WGMMA(N)                                                                      \
     template <>                                                                           \
     struct Wgmma<Dtype::bf16, N> {                                                        \
-        using SS = gmma::MMA_64x##N##x16_F32BF16BF16_SS<gmma::Major::K, gmma::Major::K>;  \
+        template <Major A, Major B>                                                       \
+        using SS = gmma::MMA_64x##N##x16_F32BF16BF16_SS<A, B>;                            \
         using RS = gmma::MMA_64x##N##x16_F32BF16BF16_RS<gmma::Major::K, gmma::Major::MN>; \
     };                                                                                    \
     template <>                                                                           \
     struct Wgmma<Dtype::fp16, N> {                                                        \
-        using SS = gmma::MMA_64x##N##x16_F32F16F16_SS<gmma::Major::K, gmma::Major::K>;    \
+        template <Major A, Major B>                                                       \
+        using SS = gmma::MMA_64x##N##x16_F32F16F16_SS<A, B>;                              \
         using RS = gmma::MMA_64x##N##x16_F32F16F16_RS<gmma::Major::K, gmma::Major::MN>;   \
     };
+FA3_WGMMA(32)
 FA3_WGMMA(64)
 FA3_WGMMA(80)
 FA3_WGMMA(96)
@@ -56,11 +60,11 @@ __device__ inline uint64_t descriptor(const void* start, int row_group_bytes, in
 // PTX ISA, wgmma.mma_async. Thread t of the warpgroup holds d[4 j + 2 h + e] = D[16 (t / 32) + t %
 // 32 / 4 + 8 h][8 j + 2 (t % 4) + e]; the same of A[64][16] by pairs in a[2 j + h]. Nothing of d
 // and a may be touched before the wait.
-template <Dtype T, int R>
+template <Dtype T, Major A = Major::K, Major B = Major::K, int R>
 __device__ inline void mma(float (&d)[R], uint64_t a, uint64_t b, bool accumulate) {
     [&]<size_t... I>(cute::index_sequence<I...>) {
-        Wgmma<T, 2 * R>::SS::fma(a, b, d[I]...,
-                                 accumulate ? gmma::ScaleOut::One : gmma::ScaleOut::Zero);
+        Wgmma<T, 2 * R>::template SS<A, B>::fma(
+            a, b, d[I]..., accumulate ? gmma::ScaleOut::One : gmma::ScaleOut::Zero);
     }(cute::make_index_sequence<R>{});
 }
 

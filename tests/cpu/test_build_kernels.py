@@ -22,6 +22,9 @@ PARAMETERS = {
     "combine": "fa3::CombineParams",
     "append_kv": "fa3::AppendParams",
     "merge_state": "fa3::MergeParams",
+    "bwd_preprocess": "fa3::BwdParams",
+    "bwd": "fa3::BwdParams",
+    "bwd_postprocess": "fa3::BwdParams",
 }
 
 

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from flash_attn3 import variants
 from flash_attn3.testing import GradCheck, call, make_inputs
-from flash_attn3.variants import FwdVariant
+from flash_attn3.variants import BwdVariant, FwdVariant
 
 BACKEND = "hopper"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 VARIANTS = {variant.name: variant for variant in variants.fwd_variants()}
+BWD_VARIANTS = {variant.name: variant for variant in variants.bwd_variants()}
 SHAPES = {f"{v.dtype}_d{v.head_dim}_v{v.head_dim_v}": v for v in VARIANTS.values()}  # what cases differ in
 MASKS = {
     "full": {},
@@ -54,6 +55,10 @@ def shape_of(variant: FwdVariant) -> str:
     return next(name for name in SHAPES if variant.name.startswith(f"fwd_{name}_"))
 
 
+def bwd_shape_of(variant: BwdVariant) -> str:
+    return f"{variant.dtype}_d{variant.head_dim}_v{variant.head_dim_v}"
+
+
 def attend(case: dict[str, Any], **options: Any) -> tuple[Tensor, ...]:
     return call(case, backend=BACKEND, **options)
 
@@ -63,3 +68,8 @@ def check(case: dict[str, Any], **options: Any) -> tuple[Tensor, ...]:
     results = attend(case, **options)
     GradCheck(case).check_forward(*results)
     return results
+
+
+def check_gradients(case: dict[str, Any], **options: Any) -> None:
+    """Results and gradients of `case` are near the oracle's."""
+    GradCheck(case).check(lambda leaves: attend(leaves, **options))

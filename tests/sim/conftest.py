@@ -54,16 +54,23 @@ def simulator(simulated_driver: hopper_sim.Driver, monkeypatch: pytest.MonkeyPat
     for plans in replay._plans:  # which know the number of multiprocessors, that tests change
         plans.clear()
     given: list[Tensor] = []
+    done: list[bool] = []
     run = launch.run
 
-    def noted(prepared: Any, tensors: tuple[Tensor | None, ...], stream: int) -> bool:
+    def give(*tensors: Tensor | None) -> None:
+        if done:  # what was given before was for the launches before
+            given.clear()
+            done.clear()
         given.extend(x for x in tensors if x is not None)
+
+    def noted(prepared: Any, tensors: tuple[Tensor | None, ...], stream: int) -> bool:
+        give(*tensors)
         return run(prepared, tensors, stream)
 
     @ctypes.CFUNCTYPE(None)
     def on_launch() -> None:
-        while given:  # threads may add to it meanwhile
-            x = given.pop()
+        done.append(True)
+        for x in list(given):  # threads may add to it meanwhile
             driver.register(x.data_ptr(), extent(x), f"{str(x.dtype).removeprefix('torch.')}{tuple(x.shape)}")
 
     monkeypatch.setattr(launch, "run", noted)
