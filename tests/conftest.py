@@ -15,6 +15,7 @@ import pytest
 import torch
 
 TIERS = ("cpu", "sim", "gpu", "integration")
+LIBCUDA = "libcuda.so.1"
 EMPTY = [(torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch.Tensor, "new_empty")]
 
 hypothesis.settings.register_profile("ci", derandomize=True, deadline=None, database=None, print_blob=True)
@@ -24,6 +25,9 @@ hypothesis.settings.load_profile("ci")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--backend", action="append", help="backend for tests that take one (default: cpu); repeatable")
+    parser.addoption(
+        "--hardware", nargs="?", const=LIBCUDA, help="run the simulator's tests on a GPU, by this driver library"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -31,6 +35,7 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("markers", f"{tier}: tests/{tier} (set by the folder)")
     config.addinivalue_line("markers", "slow: minutes; left out by -m 'not slow'")
     config.addinivalue_line("markers", "interpreted: in tests/cpu under Triton's interpreter, in a process of its own")
+    config.addinivalue_line("markers", "simulated: looks at the simulator itself, and cannot run on a GPU")
     config.addinivalue_line("markers", "unpoisoned: leave torch.empty as it is")
     if "triton" in (config.getoption("--backend") or ()) and not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """A real CUDA driver behind the interface of the simulator's: the same tests run on both.
 
-Tests hand over host memory. A launch works on copies of what was registered, and brings them back; addresses among its
-arguments and in tensor maps become those of the copies. Options of schedules mean nothing here.
+Tests hand over host memory. A launch works on copies of what was registered since the one before, and brings them back;
+addresses among its arguments and in tensor maps become those of the copies. Options of schedules mean nothing here.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ VERSIONED = (
     "cuModuleGetGlobal",
     "cuDevicePrimaryCtxRelease",
 )
+ELEMENT_BYTES = (1, 2, 4, 4, 8, 8, 2, 4, 8, 2, 4, 4, 4)  # by CUtensorMapDataType
 ALIGNMENT = 1024  # the copy of a byte lies as the byte does, modulo this
 
 
@@ -55,6 +56,7 @@ class Copies:
             self.gpu.call("cuMemcpyDtoH", ctypes.c_void_p(address), ctypes.c_uint64(start), ctypes.c_size_t(size))
         for memory in self.allocated:
             self.gpu.call("cuMemFree", memory)
+        self.gpu.registered.clear()  # who knows how long that memory lives
 
     def moved(self, address: int) -> int:
         """Where the copy of a byte is; what is no address of host memory stays as it is."""
@@ -108,5 +110,11 @@ class Gpu(Driver):
     def register(self, address: int, size: int, name: str) -> None:
         self.registered[address] = size
 
-    def tensor_map(self, *arguments: Any, **options: Any) -> PendingMap | TensorMap:
-        return PendingMap(*arguments, *options.values())
+    def tensor_map(
+        self, address: int, data_type: int, dims: Sequence[int], strides: Sequence[int], *rest: Any, **options: Any
+    ) -> PendingMap | TensorMap:
+        if not any(start <= address < start + size for start, size in self.registered.items()):
+            steps = (ELEMENT_BYTES[data_type], *strides)
+            last = sum((size - 1) * step for size, step in zip(dims, steps, strict=True))
+            self.register(address, last + ELEMENT_BYTES[data_type], "tensor of a map")
+        return PendingMap(address, data_type, dims, strides, *rest, *options.values())

@@ -73,3 +73,11 @@ def check(case: dict[str, Any], **options: Any) -> tuple[Tensor, ...]:
 def check_gradients(case: dict[str, Any], **options: Any) -> None:
     """Results and gradients of `case` are near the oracle's."""
     GradCheck(case).check(lambda leaves: attend(leaves, **options))
+
+
+def extent(x: Tensor) -> int:
+    """Bytes from the first to the last element."""
+    if x.numel() == 0:
+        return 0
+    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return (last + 1) * x.element_size()

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cases import extent
 from torch import Tensor
 
 from flash_attn3 import env, extension, replay, runtime
@@ -102,11 +103,3 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def by_default(monkeypatch: pytest.MonkeyPatch) -> None:
     """Calls that name no backend run on hopper, as with FLASH_ATTN3_BACKEND."""
     monkeypatch.setattr(env, "backend", "hopper")
-
-
-def extent(x: Tensor) -> int:
-    """Bytes from the first to the last element."""
-    if x.numel() == 0:
-        return 0
-    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
-    return (last + 1) * x.element_size()

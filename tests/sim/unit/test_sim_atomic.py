@@ -118,6 +118,7 @@ def test_orders(driver: Driver, order: str) -> None:
     assert memory.tolist() == [64]
 
 
+@pytest.mark.simulated
 def test_refusals(driver: Driver) -> None:
     with pytest.raises(DriverError, match=r"unknown modifiers \.sideways"):
         run(driver, "red.sideways.global.add.u32 [%a0], 2;", torch.zeros(1))

@@ -107,6 +107,7 @@ def test_a_warp_that_left_is_not_waited_for(driver: Driver) -> None:
     assert out.tolist() == [1]
 
 
+@pytest.mark.simulated
 @pytest.mark.parametrize("body,message", [
     ("bar.sync 16;", "barrier 16 of 16"),
     ("bar.sync 1, 48;", "barrier 1 with count 48"),
@@ -222,6 +223,7 @@ end:
 """
 
 
+@pytest.mark.simulated
 def test_register_pool(driver: Driver) -> None:
     """384 threads start with 168 registers: 24 + 240 + 240 fit, 40 + 240 + 240 hang."""
     out = torch.zeros(1, dtype=torch.int32)
@@ -233,6 +235,7 @@ def test_register_pool(driver: Driver) -> None:
     assert error.value.code == 702
 
 
+@pytest.mark.simulated
 @pytest.mark.parametrize("count", [20, 36, 264])
 def test_register_counts(driver: Driver, count: int) -> None:
     with pytest.raises(DriverError, match=r"24\.\.256 by 8"):
@@ -276,6 +279,7 @@ def test_fences_and_hints_do_nothing(driver: Driver) -> None:
     assert not x.any()
 
 
+@pytest.mark.simulated
 def test_trap(driver: Driver) -> None:
     with pytest.raises(DriverError, match="trap") as error:
         run(driver, "setp.eq.u32 %p0, %t, 7;\n@%p0 trap;")

@@ -86,6 +86,7 @@ def test_wait_all_needs_no_group(driver: Driver, policy: str) -> None:
     assert torch.equal(out, x)
 
 
+@pytest.mark.simulated
 def test_lazy_copies_stay_away_without_a_wait(driver: Driver) -> None:
     driver.configure("policy=lazy,check=0")
     x, out = some_bytes(128).view(torch.int32), poison(32, dtype=torch.int32)
@@ -197,6 +198,7 @@ def test_bulk_reduce(driver: Driver, kind: str, dtype: torch.dtype, policy: str)
     assert torch.equal(out, 1 + 3 * x)
 
 
+@pytest.mark.simulated
 def test_wait_group_read_frees_the_source_only(driver: Driver) -> None:
     """late=writes: after .read the buffer may be filled again, and the target still gets the first bytes."""
     driver.configure("late=writes")
@@ -220,6 +222,7 @@ def test_wait_group_read_frees_the_source_only(driver: Driver) -> None:
     assert seen.tolist() == [0]
 
 
+@pytest.mark.simulated
 @pytest.mark.parametrize(
     "copy,code",
     [

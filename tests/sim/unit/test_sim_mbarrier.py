@@ -203,6 +203,7 @@ def test_remote_arrivals(driver: Driver, policy: str) -> None:
     assert out.tolist() == [1]
 
 
+@pytest.mark.simulated
 @pytest.mark.parametrize("body,message", [
     ("mbarrier.init.shared::cta.b64 [%bar], 0;", "an mbarrier of count 0"),
     ("mbarrier.init.shared::cta.b64 [%bar], 1048576;", "an mbarrier of count 1048576"),
@@ -221,6 +222,7 @@ def test_misuse(driver: Driver, body: str, message: str) -> None:
         run(driver, begin + body)
 
 
+@pytest.mark.simulated
 @pytest.mark.parametrize("opcode,message", [
     ("mbarrier.try_wait.parity.shared::cta.b64 %p2, [%r2], 1;", "a wait for an mbarrier of another block"),
     ("mbarrier.arrive.shared::cta.b64 %d1, [%r2];", "an mbarrier of another block gives no state"),
@@ -244,6 +246,7 @@ def test_only_arrivals_without_state_are_remote(driver: Driver, opcode: str, mes
         run(driver, body, grid=2, cluster=2)
 
 
+@pytest.mark.simulated
 def test_a_phase_that_never_completes_is_a_deadlock(driver: Driver) -> None:
     body = (
         INIT.format(count=2)

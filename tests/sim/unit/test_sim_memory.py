@@ -206,6 +206,7 @@ def test_parameters(driver: Driver) -> None:
     assert out.tolist() == [5, 6, -2, 0x3FC00000, 8, 200]
 
 
+@pytest.mark.simulated
 def test_memory_starts_poisoned(driver: Driver) -> None:
     out = torch.zeros(32, 2, dtype=torch.int32)
     body = """
@@ -261,6 +262,7 @@ def refused(driver: Driver, body: str, *arguments: torch.Tensor | int, **launch:
     return error.value
 
 
+@pytest.mark.simulated
 @pytest.mark.parametrize("opcode", ["ld.global.u32 %r1, [%d0]", "st.global.u32 [%d0], %r1", "ld.u32 %r1, [%d0]"])
 @pytest.mark.parametrize("offset", [-4, 124, -(1 << 40)])
 def test_global_out_of_bounds(driver: Driver, opcode: str, offset: int) -> None:
@@ -272,11 +274,13 @@ def test_global_out_of_bounds(driver: Driver, opcode: str, offset: int) -> None:
         assert f"offset {offset} of a0, {x.nbytes} bytes" in str(error)
 
 
+@pytest.mark.simulated
 def test_the_last_bytes_of_the_address_space_are_out_of_bounds(driver: Driver) -> None:
     x = torch.zeros(4, dtype=torch.int32)
     assert refused(driver, "mov.u64 %d0, -8;\nld.global.v2.u64 {%d1, %d2}, [%d0+-8];", x).code == ILLEGAL_ADDRESS
 
 
+@pytest.mark.simulated
 @pytest.mark.parametrize("place", [0, 1020, 1024 + 128, 1 << 24])
 def test_shared_out_of_bounds(driver: Driver, place: int) -> None:
     body = f".shared .align 4 .b8 mine[128];\nmov.u32 %r2, mine;\nmov.u32 %r0, {place};\nst.shared.u32 [%r0], %r1;"
@@ -285,11 +289,13 @@ def test_shared_out_of_bounds(driver: Driver, place: int) -> None:
     assert ("no shared memory" if place >> 24 else "0x400..0x480") in str(error)
 
 
+@pytest.mark.simulated
 def test_local_out_of_bounds(driver: Driver) -> None:
     body = ".local .align 4 .b8 stack[16];\nmov.u64 %d0, 16;\nld.local.u32 %r1, [%d0];"
     assert refused(driver, body).code == ILLEGAL_ADDRESS
 
 
+@pytest.mark.simulated
 @pytest.mark.parametrize("kind,bytes_", [("u16", 2), ("u32", 4), ("u64", 8), ("v2.u32", 8), ("v4.u32", 16)])
 def test_misaligned(driver: Driver, kind: str, bytes_: int) -> None:
     x = torch.zeros(64, dtype=torch.int32)
@@ -306,5 +312,6 @@ def test_misaligned(driver: Driver, kind: str, bytes_: int) -> None:
     assert error.code == MISALIGNED_ADDRESS and f"{bytes_} bytes" in str(error)
 
 
+@pytest.mark.simulated
 def test_a_register_of_the_wrong_width_is_refused(driver: Driver) -> None:
     assert "lacks" in str(refused(driver, "ld.global.u64 %r1, [%a0];", torch.zeros(4)))

@@ -299,12 +299,14 @@ end:
     for rank in range(3):
         assert torch.equal(out[rank], x)
     assert (out[3] == -1).all()
-    assert driver.report()["launches"][-1]["statistics"]["tma_bytes_in"] == 3 * 512
+    for launch in driver.report()["launches"][-1:]:  # on a GPU there is none
+        assert launch["statistics"]["tma_bytes_in"] == 3 * 512
 
 
 GOOD = {"data_type": 9, "dims": [64, 8, 3], "strides": [128, 1024], "box": [64, 8, 1], "swizzle": 3, "fill": 0}
 
 
+@pytest.mark.simulated
 @pytest.mark.parametrize(
     "reason,changes",
     [
@@ -362,6 +364,7 @@ def attempt(driver: Driver, x: Tensor, place: int = 0, rank: int = 2, before: st
     return str(error.value)
 
 
+@pytest.mark.simulated
 def test_refused_copies(driver: Driver) -> None:
     x = numbers(8, 16)
     driver.register(x.data_ptr(), x.nbytes, "x")
@@ -374,6 +377,7 @@ def test_refused_copies(driver: Driver) -> None:
     )
 
 
+@pytest.mark.simulated
 def test_a_map_of_freed_memory_is_refused(driver: Driver) -> None:
     x = np.ones(16, np.float32)
     other = torch.ones(4)

@@ -59,6 +59,7 @@ def test_shuffle_from_each_lane_its_own(driver: Driver) -> None:
     assert results(driver, body)[0] == [lane ^ 5 for lane in range(32)]
 
 
+@pytest.mark.simulated
 def test_shuffle_from_a_lane_that_takes_no_part_is_a_hazard(driver: Driver) -> None:
     body = "setp.lt.u32 %p0, %t, 16;\n@%p0 shfl.sync.idx.b32 %r1, %t, 20, 31, 0xffff;"
     with pytest.raises(DriverError, match="hazard shfl: lane 0 reads lane 20, which takes no part"):
@@ -117,6 +118,7 @@ def test_match_all(driver: Driver) -> None:
     assert results(driver, body) == ([0] * 32, [0] * 32)
 
 
+@pytest.mark.simulated
 @pytest.mark.parametrize("choice,leader", [("first", (0, 4)), ("last", (31, 11))])
 def test_elect(driver: Driver, choice: str, leader: tuple[int, int]) -> None:
     driver.configure(f"elect={choice}")
@@ -132,6 +134,7 @@ def test_elect(driver: Driver, choice: str, leader: tuple[int, int]) -> None:
     assert results(driver, body)[0] == [leader[1] if 4 <= lane < 12 else 99 for lane in range(32)]
 
 
+@pytest.mark.simulated
 def test_elect_is_the_same_lane_for_the_same_mask(driver: Driver) -> None:
     body = "elect.sync %r1|%p1, -1;\nelect.sync %r2|%p1, -1;"
     chosen = set()
@@ -197,6 +200,7 @@ def test_partial_warp(driver: Driver) -> None:
     assert results(driver, body, lanes=20) == ([0xFFFFF] * 20, [1] * 20)
 
 
+@pytest.mark.simulated
 def test_lanes_that_never_come_are_a_deadlock(driver: Driver) -> None:
     body = """
     setp.lt.u32 %p0, %t, 16;
@@ -271,6 +275,7 @@ def test_stmatrix(driver: Driver, count: int, transposed: bool) -> None:
     assert torch.equal(out, x)
 
 
+@pytest.mark.simulated
 def test_matrix_rows_must_be_aligned(driver: Driver) -> None:
     body = ROWS.format(mask=7) + "add.u32 %r1, %r1, 8;\nldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r2}, [%r1];"
     with pytest.raises(DriverError, match="716: misaligned: 16 bytes"):

@@ -259,6 +259,7 @@ def test_sums_are_fused_in_fp32_in_the_order_of_k(driver: Driver) -> None:
     assert torch.equal(got, wanted)
 
 
+@pytest.mark.simulated
 def test_fp8_accumulators_of_few_bits(driver: Driver) -> None:
     """fp8_acc=13: cut towards zero to 13 fraction bits."""
     a, b = torch.zeros(64, 32, dtype=torch.float8_e4m3fn), torch.zeros(64, 32, dtype=torch.float8_e4m3fn)
@@ -278,14 +279,17 @@ def refused(driver: Driver, **changes: object) -> str:
     return str(error.value)
 
 
+@pytest.mark.simulated
 def test_inactive_lanes_are_refused(driver: Driver) -> None:
     assert "inactive lanes" in refused(driver, before="setp.eq.u32 %p3, %t, 5; @%p3 exit;")
 
 
+@pytest.mark.simulated
 def test_an_incomplete_warpgroup_is_refused(driver: Driver) -> None:
     assert "incomplete warpgroup" in refused(driver, block=96)
 
 
+@pytest.mark.simulated
 def test_a_descriptor_outside_shared_memory_is_refused(driver: Driver) -> None:
     class Outside(Layout):
         def descriptor(self, start: int) -> int:
@@ -295,6 +299,7 @@ def test_a_descriptor_outside_shared_memory_is_refused(driver: Driver) -> None:
     assert "700: " in message and "outside the block's memory" in message
 
 
+@pytest.mark.simulated
 def test_a_base_offset_is_refused(driver: Driver) -> None:
     class Offset(Layout):
         def descriptor(self, start: int) -> int:
@@ -303,6 +308,7 @@ def test_a_base_offset_is_refused(driver: Driver) -> None:
     assert "base offset" in refused(driver, a_layout=Offset(128, False, 16, 1024))
 
 
+@pytest.mark.simulated
 @pytest.mark.parametrize("shape", ["m64n12k16", "m64n264k16", "m32n64k16", "m64n64k32"])
 def test_unknown_shapes_are_refused(driver: Driver, shape: str) -> None:
     registers = ", ".join(f"%r{i}" for i in range(32))
