@@ -208,7 +208,8 @@ struct Append {
 
     // One of a pair, rotated: the first is x cos - other sin.
     static __device__ float turned(bool first, float x, float other, float cos, float sin) {
-        return x * cos + (first ? -other : other) * sin;
+        // Not fused: the bits of a rotation by separate operations, wherever that is done.
+        return __fadd_rn(__fmul_rn(x, cos), __fmul_rn(first ? -other : other, sin));
     }
 
     static __device__ float scale_of(const RowMove& move, int n, int head, int slot) {

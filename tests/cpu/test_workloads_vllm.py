@@ -191,22 +191,26 @@ def test_e5_e4m3_cache() -> None:
     GradCheck(case).check_forward(*attend(case, q_descale=scale))
 
 
+NEIGHBOURS, PLACE = 100, 37  # of the victim among them
+
+
 @pytest.mark.parametrize("num_splits", [1, 0])
 @pytest.mark.parametrize("victim", [(300, 900), (1, 900)], ids=["prefill", "decode"])
 def test_e7_batch_invariance(victim: tuple[int, int], num_splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A request alone, and among 100 random neighbours; the split heuristic needs FLASH_ATTN3_BATCH_INVARIANT."""
+    """A request alone, and among random neighbours; the split heuristic needs FLASH_ATTN3_BATCH_INVARIANT."""
     monkeypatch.setattr("flash_attn3.env.batch_invariant", num_splits == 0)
     generator = torch.Generator().manual_seed(0)
-    drawn = torch.randint(1, 120, (100, 2), generator=generator).tolist()
+    drawn = torch.randint(1, 120, (NEIGHBOURS, 2), generator=generator).tolist()
     batch = [(min(pair), max(pair)) for pair in drawn]
-    batch.insert(37, victim)
+    batch.insert(PLACE, victim)
     new, lengths = (list(column) for column in zip(*batch, strict=True))
     heads, heads_kv, d = 4, 2, 128
     keys, vals = (tokens(lengths, heads_kv, d, seed=seed) for seed in (1, 2))
     queries = tokens(new, heads, d, seed=3)
     together = attend(paginate(keys, vals, 16).case(torch.cat(queries), new, causal=True), num_splits=num_splits)
+    one = slice(PLACE, PLACE + 1)
     alone = attend(
-        paginate(keys[37:38], vals[37:38], 16).case(queries[37], new[37:38], causal=True), num_splits=num_splits
+        paginate(keys[one], vals[one], 16).case(queries[PLACE], new[one], causal=True), num_splits=num_splits
     )
-    rows = slice(sum(new[:37]), sum(new[:38]))
+    rows = slice(sum(new[:PLACE]), sum(new[: PLACE + 1]))
     assert same((together[0][rows], together[1][:, rows]), alone)
