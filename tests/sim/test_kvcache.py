@@ -11,6 +11,8 @@ import torch
 from cases import BACKEND, named
 from test_compile import fresh_dynamo  # noqa: F401
 
+import flash_attn3
+from flash_attn3.hopper import launch
 from flash_attn3.testing import GradCheck, bitwise_equal, call, make_inputs, pairwise, with_append
 
 CACHES = ("k", "v", "k_new", "v_new")
@@ -55,6 +57,37 @@ def test_append_and_attend(choice: dict[str, Any], simulator, launched: list[str
     assert [name.split("_")[0] for name in launched[:2]] == ["append", "fwd"]  # queries are rotated by the first
     call(case | plain, backend="cpu")  # which writes the same slots
     assert bitwise_equal(case["k"], plain["k"]) and bitwise_equal(case["v"], plain["v"])
+
+
+def test_a_cache_at_any_address_is_written_in_place(simulator) -> None:
+    """Attention reads a copy of it, and says so."""
+    choice = {name: values[0] for name, values in AXES.items()} | {"new": 5, "rotary": (64, False)}
+    case = appending(choice)
+    check = GradCheck(case)
+    for name in "kv":
+        memory = torch.cat([case[name].new_zeros(1), case[name].flatten()])
+        case[name] = memory[1:].view(case[name].shape)
+    plain = {name: case[name].clone() for name in CACHES}
+    launch._warn_copied.cache_clear()
+    with pytest.warns(UserWarning, match="copies k_cache in every call"):
+        check.check_forward(*call(case, backend=BACKEND))
+    call(case | plain, backend="cpu")
+    assert bitwise_equal(case["k"], plain["k"]) and bitwise_equal(case["v"], plain["v"])
+
+
+def test_what_is_out_of_range_is_named_by_the_next_call(simulator) -> None:
+    """Append and attention see the same lengths: nothing of other sequences moves."""
+    choice = {name: values[0] for name, values in AXES.items()} | {"new": 5}
+    case = appending(choice)
+    plain = {name: case[name].clone() for name in CACHES}
+    out, lse = call(case, backend=BACKEND)
+    full = case | plain | {"seqused_k": case["seqused_k"].clone()}
+    full["seqused_k"][1] = case["k"].shape[1] - 2
+    broken, broken_lse = call(full, backend=BACKEND)
+    with pytest.raises(flash_attn3.FlashAttn3ValueError, match="seqused_k = out of range"):
+        call(case, backend=BACKEND)
+    others = [0, 2]
+    assert bitwise_equal(broken[others], out[others]) and bitwise_equal(broken_lse[others], lse[others])
 
 
 COMPILED = {
