@@ -180,7 +180,7 @@ def _nothing(*arguments) -> None:
 
 def _empty_rotated(q: Tensor | None, like: Tensor) -> Tensor:
     """As q and contiguous, or (0,) without one."""
-    return like.new_empty((0,)) if q is None else q.new_empty(q.shape)
+    return like.new_empty((0,)) if q is None else torch.empty_like(q, memory_format=torch.contiguous_format)
 
 
 def _append(a: AppendProblem, backend: str) -> Tensor | None:
@@ -235,10 +235,16 @@ def _empty_merged(out_a: Tensor, lse_a: Tensor, out_dtype: torch.dtype) -> tuple
     return out_a.new_empty(out_a.shape, dtype=out_dtype), lse_a.new_empty(lse_a.shape)
 
 
-def _merge_state(out_a, lse_a, out_b, lse_b, out_dtype, lse_layout, backend) -> tuple[Tensor, Tensor]:
-    out, lse = _empty_merged(out_a, lse_a, out_dtype)
+def merge_into(out_a, lse_a, out_b, lse_b, out, lse, lse_layout, backend) -> None:
+    """Past the dispatcher, into contiguous `out` and `lse`."""
     by_row = (lambda x: x.transpose(-1, -2)) if lse_layout == "hs" else (lambda x: x)
     runtime.backend(backend).merge_state(out_a, by_row(lse_a), out_b, by_row(lse_b), out, by_row(lse))
+    _written(out, lse)
+
+
+def _merge_state(out_a, lse_a, out_b, lse_b, out_dtype, lse_layout, backend) -> tuple[Tensor, Tensor]:
+    out, lse = _empty_merged(out_a, lse_a, out_dtype)
+    merge_into(out_a, lse_a, out_b, lse_b, out, lse, lse_layout, backend)
     return out, lse
 
 

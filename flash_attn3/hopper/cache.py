@@ -20,16 +20,19 @@ def append_kv(a: AppendProblem, q_out: Tensor | None) -> None:
 
     Rows of packed q that belong to no sequence are left out.
     """
-    prepared = a.prepared.get("append_kv")
-    if prepared is None:
+    device = a.k_cache.device
+    found = a.prepared.get("append_kv")
+    if found is None:
         if a.cache_seqlens.numel() == 0:
             return
         if launch.unobtainable(variants.APPEND_KV.name):
             return elsewhere.backend(a.k_cache).append_kv(a, q_out)
-        prepared = a.prepared["append_kv"] = _prepare(
-            _append_tensors(a, q_out), a.rotary_interleaved, a.q_advances, (a.k.dtype, a.k_cache.dtype)
-        )
-    launch.run(prepared, _append_tensors(a, q_out), launch.stream(a.k_cache.device))
+        word = status.device_word(device)
+        dtypes = (a.k.dtype, a.k_cache.dtype)
+        prepared = _prepare(_append_tensors(a, q_out, word), a.rotary_interleaved, a.q_advances, dtypes)
+        found = a.prepared["append_kv"] = (prepared, word)
+    prepared, word = found
+    launch.run(prepared, _append_tensors(a, q_out, word), launch.stream(device))
 
 
 def rotary_q(
@@ -56,7 +59,7 @@ def rotary_q(
     launch.run(_prepare(tensors, interleaved, advance, (q.dtype, q.dtype)), tensors, launch.stream(q.device))
 
 
-def _append_tensors(a: AppendProblem, q_out: Tensor | None) -> tuple[Tensor | None, ...]:
+def _append_tensors(a: AppendProblem, q_out: Tensor | None, word: Tensor | None) -> tuple[Tensor | None, ...]:
     """The fields of AppendTensorsOf in csrc/ops.h."""
     return (
         a.k,
@@ -70,12 +73,12 @@ def _append_tensors(a: AppendProblem, q_out: Tensor | None) -> tuple[Tensor | No
         a.cu_seqlens_q,
         a.kv_batch_idx,
         a.page_table,
-        a.positions,
+        a.cache_seqlens if a.rotary_seqlens is None else a.rotary_seqlens,
         a.rotary_cos,
         a.rotary_sin,
         a.k_descale,
         a.v_descale,
-        status.device_word(a.k_cache.device),
+        word,
     )
 
 

@@ -21,7 +21,7 @@ from flash_attn3.testing import bitwise_equal
 
 hopper_fwd = sys.modules["flash_attn3.hopper.fwd"]  # the package has a function of this name
 pytestmark = pytest.mark.unpoisoned
-ALLOCATIONS = ("aten.new_empty.default", "aten.empty_strided.default")
+ALLOCATIONS = ("aten.new_empty.default", "aten.empty_strided.default", "aten.empty_like.default")
 
 
 class Seen(TorchDispatchMode):
@@ -52,7 +52,11 @@ def calls() -> dict[str, tuple[Callable[[], Any], int]]:
     )
     new = {"k": k[:, :1].clone(), "v": v[:, :1].clone(), "cache_seqlens": int32(100, 299), "num_splits": 1}
     tables = {name: torch.randn(300, 16) for name in ("rotary_cos", "rotary_sin")}
+    state, given = (q, torch.randn(2, 1, 4)), {"out": torch.empty_like(q), "lse_out": torch.empty(2, 1, 4)}
+    merged = partial(flash_attn3.merge_state, *state, *state, lse_layout="sh", backend=BACKEND)
     return {
+        "merged": (lambda: merged()[0], 2),
+        "merged into": (lambda: merged(**given)[0], 0),
         "dense": (dense, 2),
         "varlen": (partial(varlen, causal=True, backend=BACKEND), 2),
         "given out": (partial(dense, out=torch.empty_like(q)), 1),
