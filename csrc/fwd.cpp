@@ -23,7 +23,8 @@ TensorMapSpec packed_map(const char* tensor, Dtype dtype, const TensorView& x, i
 void set_strides(FwdParams& params, const PreparedFwd::Tensors& tensors, bool split) {
     TensorView out = split ? tensors.out : unsqueezed(tensors.out, 0);
     TensorView lse = split ? tensors.lse : unsqueezed(tensors.lse, 0);
-    if (tensors.q.rank == 3) out = unsqueezed(out, 1), lse = unsqueezed(lse, 1);
+    if (tensors.q.rank == 3 || tensors.qv.rank == 3)
+        out = unsqueezed(out, 1), lse = unsqueezed(lse, 1);
     params.out_split_stride = out.stride[0];
     params.out_batch_stride = out.stride[1];
     params.out_row_stride = out.stride[2];
@@ -89,8 +90,13 @@ PreparedFwd::PreparedFwd(Kernel& kernel, const Tensors& tensors, const Options& 
       device_(place.device),
       grid_(options.grid),
       dynamic_(options.dynamic) {
-    const TensorView q = batched(tensors.q), k = batched(tensors.k), v = batched(tensors.v);
-    q_map_ = packed_map("q", options.dtype, q, options.pack, function_.abi.block_m / options.pack);
+    const TensorView q = batched(tensors.q), qv = batched(tensors.qv), k = batched(tensors.k);
+    const TensorView v = batched(tensors.v), &queries = q.rank > 0 ? q : qv;
+    const int positions = function_.abi.block_m / options.pack;
+    params_.has_q = q.rank > 0;
+    params_.has_qv = qv.rank > 0;
+    if (params_.has_q) q_map_ = packed_map("q", options.dtype, q, options.pack, positions);
+    if (params_.has_qv) qv_map_ = packed_map("qv", options.dtype, qv, options.pack, positions);
     k_map_ = rows_map("k", options.dtype, k, options.box_keys);
     v_map_ = rows_map("v", options.dtype, v, options.box_keys);
     set_strides(params_.k, k);
@@ -102,11 +108,11 @@ PreparedFwd::PreparedFwd(Kernel& kernel, const Tensors& tensors, const Options& 
     params_.sink_dtype = options.sink_dtype;
     params_.batch = options.batch;
     params_.seqlen_k_new = options.seqlen_k_new;
-    params_.seqlen_q = length("q", q.size[kRow]);
+    params_.seqlen_q = length("q", queries.size[kRow]);
     params_.box_keys = options.box_keys;
-    params_.num_heads = static_cast<int>(q.size[kHead]);
+    params_.num_heads = static_cast<int>(queries.size[kHead]);
     params_.num_heads_kv = static_cast<int>(k.size[kHead]);
-    params_.head_dim = static_cast<int>(q.size[kColumn]);
+    params_.head_dim = static_cast<int>(k.size[kColumn]);
     params_.head_dim_v = static_cast<int>(v.size[kColumn]);
     params_.pack = options.pack;
     params_.num_m_blocks = options.num_m_blocks;
@@ -115,10 +121,11 @@ PreparedFwd::PreparedFwd(Kernel& kernel, const Tensors& tensors, const Options& 
 }
 
 bool PreparedFwd::launch(const Addresses& at, CUstream stream) const {
-    if (!aligned({at.q, at.k, at.v, at.out})) return false;
+    if (!aligned({at.q, at.qv, at.k, at.v, at.out})) return false;
     const DeviceGuard guard(device_);
     FwdParams params = params_;
     encode_tensor_map(q_map_, at.q, params.q_map);
+    encode_tensor_map(qv_map_, at.qv, params.qv_map);
     encode_tensor_map(k_map_, at.k, params.k.map);
     encode_tensor_map(v_map_, at.v, params.v.map);
     set_addresses(params, at);

@@ -15,7 +15,7 @@ namespace fa3 {
 // Names as in AttentionProblem of flash_attn3/problem.py; index tensors are int32.
 template <typename T>
 struct FwdTensorsOf {
-    T q;           // (b, s_q, h, d), or packed (t_q, h, d)
+    T q, qv;       // (b, s_q, h, d | dv), or packed (t_q, h, d | dv)
     T k, v;        // (b, s_k, h_kv, d | dv), packed (t_k, h_kv, d | dv), or pages
                    // (num_pages, page_size, h_kv, d | dv)
     T out;         // (b, s_q, h, dv), or packed (t_q, h, dv); partial results: the splits in front
@@ -140,7 +140,7 @@ class PreparedFwd {
     const unsigned grid_;
     const bool dynamic_;
     FwdParams params_{};  // each launch gets a copy, with its addresses
-    TensorMapSpec q_map_, k_map_, v_map_;
+    TensorMapSpec q_map_{}, qv_map_{}, k_map_, v_map_;  // rank 0: absent
 };
 
 class PreparedCombine {

@@ -36,7 +36,7 @@ def fwd_launch(p: AttentionProblem, variant: FwdVariant, num_multiprocessors: in
     packed = p.cu_seqlens_q is not None
     rows = min(p.max_seqlen_q, p.q.shape[0]) if packed else p.q.shape[1]
     group = p.num_heads // p.num_heads_kv
-    pack = group if _packs(p.pack_gqa, rows, group, variant.block_m) else 1
+    pack = _pack(p.pack_gqa, rows, group, variant.block_m)
     num_m_blocks = max(1, _m_blocks(rows, pack, variant.block_m))
     num_heads = p.num_heads // pack
     num_tiles = num_m_blocks * num_heads * p.batch
@@ -59,11 +59,11 @@ def _m_blocks(rows: int, pack: int, block_m: int) -> int:
     return -(-rows // (block_m // pack))
 
 
-def _packs(wanted: bool | None, rows: int, group: int, block_m: int) -> bool:
-    """Whether a tile takes all query heads of a KV head: where that saves a tenth of the tiles."""
-    if wanted is False or not 1 < group <= block_m:
-        return False
-    return wanted is True or 10 * _m_blocks(rows, group, block_m) <= 9 * group * _m_blocks(rows, 1, block_m)
+def _pack(wanted: bool | None, rows: int, group: int, block_m: int) -> int:
+    """Query heads of a KV head that a tile takes: as many as it holds, where that saves a tenth of the tiles."""
+    most = next(pack for pack in range(min(group, block_m), 0, -1) if not group % pack) if group else 1
+    saves = 10 * _m_blocks(rows, most, block_m) <= 9 * most * _m_blocks(rows, 1, block_m)
+    return most if wanted or (wanted is None and saves) else 1
 
 
 def _heads_per_section(p: AttentionProblem, num_heads: int) -> int:

@@ -9,8 +9,19 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
+
+from .kernels import (
+    AppendVariant,
+    BwdPostprocessVariant,
+    BwdPreprocessVariant,
+    BwdVariant,
+    CombineVariant,
+    FwdVariant,
+    MergeVariant,
+    MlaVariant,
+    Variant,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -19,170 +30,10 @@ if TYPE_CHECKING:
 
 DTYPES = {"torch.bfloat16": "bf16", "torch.float16": "fp16"}
 
-# Fields that are enumerations in hopper/config.h.
-_ENUMS = {"dtype": "Dtype", "kv_source": "KvSource"}
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One kernel of an operation; the fields are those of its configuration in hopper/config.h, in that order."""
-
-    operation: ClassVar[str]  # hopper/<operation>.cuh, hopper/<operation>_entry.cuh
-    config: ClassVar[str]
-
-    @property
-    def name(self) -> str:
-        raise NotImplementedError
-
-    @property
-    def entry(self) -> str:
-        """The symbol of the kernel, the same in every cubin of the operation."""
-        return f"fa3_{self.operation}"
-
-    def stub(self) -> str:
-        """The whole source of the kernel: its configuration between two includes."""
-        settings = ", ".join(f".{field.name} = {self._literal(field.name)}" for field in fields(self))
-        return (
-            f'#include "{self.operation}.cuh"\n'
-            "using namespace fa3;\n"
-            f"constexpr {self.config} kConfig{{{settings}}};\n"
-            f'#include "{self.operation}_entry.cuh"\n'
-        )
-
-    def _literal(self, field: str) -> str:
-        """The value of a field in C++."""
-        value = getattr(self, field)
-        if field in _ENUMS:
-            return f"{_ENUMS[field]}::{value}"
-        return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-@dataclass(frozen=True)
-class FwdVariant(Variant):
-    operation = "fwd"
-    config = "FwdConfig"
-
-    dtype: str  # "bf16" or "fp16"
-    head_dim: int  # the largest d and dv that it serves: the copy engine fills up with zeros
-    head_dim_v: int
-    block_m: int = 128  # query rows of a tile, 64 for each consumer warpgroup
-    block_n: int = 128  # keys of a tile
-    stages: int = 2  # tiles of K, and of V, in shared memory
-    kv_source: str = "tma"  # "cp_async": for pages that no box of the copy engine fits
-    ping_pong: bool = True  # consumer warpgroups take turns at the tensor cores
-
-    @property
-    def name(self) -> str:
-        return (
-            f"fwd_{self.dtype}_d{self.head_dim}_v{self.head_dim_v}_m{self.block_m}_n{self.block_n}"
-            f"_s{self.stages}_{self.kv_source}" + "_pp" * self.ping_pong
-        )
-
-
-@dataclass(frozen=True)
-class BwdVariant(Variant):
-    operation = "bwd"
-    config = "BwdConfig"
-
-    dtype: str
-    head_dim: int  # the largest d and dv that it serves
-    head_dim_v: int
-    block_m: int = 64  # query rows of a step
-    block_n: int = 128  # keys of a CTA: 64 for each consumer warpgroup, or 64 that they share
-    consumers: int = 2  # warpgroups
-    stages: int = 2  # tiles of Q in shared memory
-    stages_dout: int = 2  # of dout
-    softcap: bool = False
-
-    @property
-    def name(self) -> str:
-        return (
-            f"bwd_{self.dtype}_d{self.head_dim}_v{self.head_dim_v}_m{self.block_m}_n{self.block_n}_w{self.consumers}"
-            f"_s{self.stages}{self.stages_dout}" + "_cap" * self.softcap
-        )
-
-
-@dataclass(frozen=True)
-class BwdPreprocessVariant(Variant):
-    operation = "bwd_preprocess"
-    config = "BwdPreprocessConfig"
-
-    threads: int = 128
-
-    @property
-    def name(self) -> str:
-        return f"bwd_preprocess_t{self.threads}"
-
-    @property
-    def block_m(self) -> int:
-        """Any: that of the main kernel."""
-        return 0
-
-
-@dataclass(frozen=True)
-class BwdPostprocessVariant(BwdPreprocessVariant):
-    operation = "bwd_postprocess"
-    config = "BwdPostprocessConfig"
-
-    @property
-    def name(self) -> str:
-        return f"bwd_postprocess_t{self.threads}"
-
-
-@dataclass(frozen=True)
-class CombineVariant(Variant):
-    operation = "combine"
-    config = "CombineConfig"
-
-    threads: int = 128  # a warp for each row
-
-    @property
-    def name(self) -> str:
-        return f"combine_t{self.threads}"
-
-    @property
-    def block_m(self) -> int:
-        """Rows of a CTA."""
-        return self.threads // 32
-
-
-@dataclass(frozen=True)
-class AppendVariant(Variant):
-    operation = "append_kv"
-    config = "AppendConfig"
-
-    threads: int = 128
-
-    @property
-    def name(self) -> str:
-        return f"append_kv_t{self.threads}"
-
-    @property
-    def block_m(self) -> int:
-        """Chunks of eight elements of a tile."""
-        return 2 * self.threads
-
-
-@dataclass(frozen=True)
-class MergeVariant(Variant):
-    operation = "merge_state"
-    config = "MergeConfig"
-
-    threads: int = 256
-
-    @property
-    def name(self) -> str:
-        return f"merge_state_t{self.threads}"
-
-    @property
-    def block_m(self) -> int:
-        """Chunks of eight elements of a tile."""
-        return 2 * self.threads
-
-
 # Keys of a tile by (head_dim, head_dim_v): as many as fit, with two stages and no spill, into 227 KB of shared memory
 # and 240 registers of a thread. One for all masks and all sizes of the query tile, which therefore move no bits.
 BLOCK_N = {(64, 64): 128, (96, 96): 128, (128, 128): 128, (192, 128): 128, (192, 192): 112, (256, 256): 80}
+MLA_DIMS = ((64, 256), (64, 512))  # of kernels whose values are keys too
 SWIZZLE_ROWS = 8  # of 128 bytes, the period of the swizzle in shared memory
 SMALL_TILE = 64  # query rows, for calls that have no more of them: half the work of a tile of 128
 
@@ -217,6 +68,16 @@ def fwd_variants() -> tuple[FwdVariant, ...]:
 
 
 @functools.cache
+def mla_variants() -> tuple[MlaVariant, ...]:
+    return tuple(
+        MlaVariant(dtype, d, dv, kv_source=kv_source)
+        for kv_source in ("tma", "cp_async")
+        for dtype in ("bf16", "fp16")
+        for d, dv in MLA_DIMS
+    )
+
+
+@functools.cache
 def bwd_variants() -> tuple[BwdVariant, ...]:
     return tuple(
         BwdVariant(dtype, d, dv, *tile, softcap=softcap)
@@ -229,24 +90,45 @@ def bwd_variants() -> tuple[BwdVariant, ...]:
 @functools.cache
 def all_variants() -> tuple[Variant, ...]:
     """Of every operation."""
-    return (*fwd_variants(), COMBINE, APPEND_KV, MERGE_STATE, BWD_PREPROCESS, *bwd_variants(), BWD_POSTPROCESS)
+    return (
+        *fwd_variants(),
+        *mla_variants(),
+        COMBINE,
+        APPEND_KV,
+        MERGE_STATE,
+        BWD_PREPROCESS,
+        *bwd_variants(),
+        BWD_POSTPROCESS,
+    )
 
 
 def by_name(name: str) -> Variant | None:
     return next((variant for variant in all_variants() if variant.name == name), None)
 
 
-def select(p: AttentionProblem) -> FwdVariant | None:
+def only_qv(p: AttentionProblem) -> bool:
+    """Whether q of `p` is qv: nothing else is so wide. At 256 any kernel of that width serves."""
+    return p.q.shape[-1] > 256
+
+
+def is_mla(p: AttentionProblem) -> bool:
+    """Whether it takes a kernel whose values are keys too."""
+    return p.qv is not None or p.v.shape[-1] > 256
+
+
+def select(p: AttentionProblem) -> FwdVariant | MlaVariant | None:
     """The variant that computes `p`, None where no kernel does."""
     rows = p.q.shape[1] if p.cu_seqlens_q is None else min(p.max_seqlen_q, p.q.shape[0])
     if p.pack_gqa is not False:
         rows *= p.num_heads // max(1, p.num_heads_kv)
     page_size = None if p.page_table is None else p.k.shape[1]
     padded_pages = page_size is not None and p.leftpad_k is not None
+    if is_mla(p):
+        return _select_mla(p.q.dtype, dims_of(p), page_size, padded_pages)
     return _select(p.q.dtype, p.q.shape[-1], p.v.shape[-1], rows <= SMALL_TILE, page_size, padded_pages)
 
 
-def box_keys(p: AttentionProblem, variant: FwdVariant) -> int:
+def box_keys(p: AttentionProblem, variant: FwdVariant | MlaVariant) -> int:
     """Keys that the copy engine takes at once, for they lie in one page; 0 where threads copy rows."""
     if variant.kv_source != "tma":
         return 0
@@ -261,7 +143,7 @@ def _kv_source(block_n: int, page_size: int | None, padded_pages: bool) -> str:
 
 
 def supports(p: AttentionProblem) -> bool:
-    return str(p.q.dtype) in DTYPES and held_in(p.q.shape[-1], p.v.shape[-1]) is not None
+    return str(p.q.dtype) in DTYPES and dims_of(p) is not None
 
 
 def unsupported_reason(p: AttentionProblem) -> str | None:
@@ -270,6 +152,13 @@ def unsupported_reason(p: AttentionProblem) -> str | None:
     Looks at no length: what torch.compile traces would else be compiled anew for others.
     """
     return None if supports(p) else _reason(p.q.dtype, p.q.shape[-1], p.v.shape[-1])
+
+
+def dims_of(p: AttentionProblem) -> tuple[int, int] | None:
+    """The head dims of the kernels that compute `p`."""
+    if is_mla(p):
+        return next(((d, dv) for d, dv in MLA_DIMS if p.v.shape[-1] <= dv), None)
+    return held_in(p.q.shape[-1], p.v.shape[-1])
 
 
 def held_in(head_dim: int, head_dim_v: int) -> tuple[int, int] | None:
@@ -282,7 +171,8 @@ def held_in(head_dim: int, head_dim_v: int) -> tuple[int, int] | None:
 
 def any_name(dtype: str, head_dim: int, head_dim_v: int) -> str:
     """The name of one kernel of these head dims."""
-    return next(v.name for v in fwd_variants() if (v.dtype, v.head_dim, v.head_dim_v) == (dtype, head_dim, head_dim_v))
+    kernels = (*fwd_variants(), *mla_variants())
+    return next(v.name for v in kernels if (v.dtype, v.head_dim, v.head_dim_v) == (dtype, head_dim, head_dim_v))
 
 
 any_name._dynamo_marked_constant = True  # see runtime.py
@@ -324,6 +214,20 @@ def bwd_names(dtype: str, head_dim: int, head_dim_v: int, softcap: bool) -> tupl
 
 
 bwd_names._dynamo_marked_constant = True  # see runtime.py
+
+
+@functools.cache
+def _select_mla(
+    dtype: torch.dtype, dims: tuple[int, int], page_size: int | None, padded_pages: bool
+) -> MlaVariant | None:
+    able = (
+        variant
+        for variant in mla_variants()
+        if variant.dtype == DTYPES.get(str(dtype))
+        and (variant.head_dim, variant.head_dim_v) == dims
+        and variant.kv_source == _kv_source(variant.block_n, page_size, padded_pages)
+    )
+    return next(able, None)
 
 
 @functools.cache

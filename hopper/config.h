@@ -68,6 +68,22 @@ struct BwdPostprocessConfig {
     int threads = 128;
 };
 
+// Fields in the order of MlaVariant in flash_attn3/variants.py.
+struct MlaConfig {
+    Dtype dtype = Dtype::bf16;
+    int head_dim = 64;     // of Q and K
+    int head_dim_v = 512;  // of V, which are keys too, of Qv, and of out
+    int block_m = 64;      // query rows of a tile
+    int block_n = 64;      // keys of a tile
+    int stages = 2;        // tiles of K and V in shared memory
+    KvSource kv_source = KvSource::tma;
+
+    constexpr int threads() const { return 3 * 128; }  // two consumer warpgroups
+    constexpr int producer_registers() const { return threads_copy() ? 56 : 24; }
+    constexpr int consumer_registers() const { return threads_copy() ? 224 : 240; }
+    constexpr bool threads_copy() const { return kv_source == KvSource::cp_async; }
+};
+
 struct CombineConfig {
     int threads = 128;  // a warp for each row
 };

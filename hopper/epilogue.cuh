@@ -136,11 +136,12 @@ __device__ inline void clear_uncovered_rows(const FwdParams& p, int positions, i
     }
 }
 
-// This thread's quad holds rows `row` and `row` + 8 of the tile.
+// This thread's quad holds rows `row` and `row` + 8 of the tile, columns from first_column on: who
+// holds column 0 writes lse and max_logits.
 template <Dtype T, int R>
 __device__ void finish_tile(const FwdParams& p, const Sequence& seq, const Tile& tile, int first,
                             int positions, int row, int lane, const Softmax& softmax,
-                            float (&acc)[R]) {
+                            float (&acc)[R], int first_column = 0) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
         const OutputRow to(p, seq, tile, first, positions, row + 8 * h);
@@ -154,8 +155,9 @@ __device__ void finish_tile(const FwdParams& p, const Sequence& seq, const Tile&
                 x = zero ? 0.f : x * end.factor;
             }
         }
-        store_row<T>(p.out, p.out_dtype, to.out, to.exists, p.head_dim_v, acc, h, lane);
-        if (lane % 4 == 0 && to.exists) {
+        store_row<T>(p.out, p.out_dtype, to.out + first_column, to.exists,
+                     p.head_dim_v - first_column, acc, h, lane);
+        if (lane % 4 == 0 && to.exists && first_column == 0) {
             p.lse[to.lse] = to.attends ? end.lse : -kInfinity;
             if (p.max_logits && to.attends)
                 atomic_max(p.max_logits + tile.batch * p.num_heads + to.head, end.max_logit);

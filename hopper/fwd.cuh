@@ -20,23 +20,9 @@
 #include "sm90/tma.cuh"
 #include "sm90/wgmma.cuh"
 #include "softmax.cuh"
+#include "work.cuh"
 
 namespace fa3 {
-
-// A tile, and what all roles must agree on.
-template <int kBlockM, int kBlockN>
-struct Work {
-    Tile tile;
-    Sequence seq;
-    int position, positions;  // of the tile's queries: the first one, and their number
-    KeyBlocks blocks;         // to be multiplied, from right to left
-
-    __device__ Work(const FwdParams& p, int index)
-        : tile(decode_tile(p, index)), seq(p, tile.batch), positions(kBlockM / p.pack) {
-        position = tile.m_block * positions;
-        blocks = key_blocks<kBlockN>(p, seq, tile, position, positions);
-    }
-};
 
 // Consumer warpgroups issue their products in turn, so that the softmax of one runs beside the
 // products of another. Named barrier kFirstTurn + w is met by warpgroup w, which waits, and the one

@@ -53,7 +53,8 @@ struct KeyTensor {
 struct FwdParams {
     // `pack` query heads of one KV head make neighbouring rows of a tile: row r holds position
     // r / pack of head r % pack. Maps of tensors without elements are not read.
-    CUtensorMap q_map;  // (d, pack, seqlen_q, h / pack, b); box (kPanel, pack, block_m / pack)
+    CUtensorMap q_map;   // (d, pack, seqlen_q, h / pack, b); box (kPanel, pack, block_m / pack)
+    CUtensorMap qv_map;  // the same of Qv, with dv: scores gain Qv V^T; for kernels that take it
     KeyTensor k, v;
 
     void* out;                   // [splits, b, seqlen_q, h, dv], rows aligned to 16 bytes
@@ -80,7 +81,8 @@ struct FwdParams {
     int seqlen_k;    // slots of a batch entry, or of a row of the page table
     int cache_rows;  // of K, or of the page table
     int page_size, num_pages;
-    int box_keys;  // of a box of the tensor maps: all in one page, a divisor of block_n
+    bool has_q, has_qv;  // one may be absent where both could be taken
+    int box_keys;        // of a box of the tensor maps: all in one page, a divisor of block_n
 
     int window_left, window_right;  // 0 .. kUnbounded; a causal mask is window_right = 0
     int attention_chunk;            // 0: off

@@ -23,7 +23,6 @@ MAX_LENGTH = 2**30  # rows or keys of a tensor; kUnbounded in hopper/params.h
 def unsupported_reason(p: AttentionProblem, needs_grad: bool) -> str | None:
     """Why this backend does not serve `p`, or None; looks at no content of a tensor."""
     missing = {
-        "qv": p.qv is not None,
         "fp8": p.k.dtype.itemsize == 1,
         "2^30 rows or more": max(p.q.shape[-3], p.key_capacity) >= MAX_LENGTH,
     }
@@ -38,8 +37,7 @@ def unsupported_reason(p: AttentionProblem, needs_grad: bool) -> str | None:
         return None
     if not torch.compiler.is_compiling():
         return launch.unobtainable(variants.select(p).name)
-    held = variants.held_in(p.head_dim, p.head_dim_v)
-    return launch.unobtainable(variants.any_name(variants.DTYPES[str(p.q.dtype)], *held))
+    return launch.unobtainable(variants.any_name(variants.DTYPES[str(p.q.dtype)], *variants.dims_of(p)))
 
 
 def kernel_name(p: AttentionProblem) -> str:

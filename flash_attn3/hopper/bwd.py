@@ -38,6 +38,8 @@ def unsupported_reason(p: AttentionProblem) -> str | None:
     if p.q.is_meta:
         return None
     held = variants.held_in(p.head_dim, p.head_dim_v)
+    if held is None:
+        return f"has no backward with head dims ({p.head_dim}, {p.head_dim_v})"
     names = variants.bwd_names(variants.DTYPES[str(p.q.dtype)], *held, p.softcap > 0)
     return next((reason for name in names if (reason := launch.unobtainable(name))), None)
 

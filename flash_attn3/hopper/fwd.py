@@ -75,8 +75,10 @@ def _tensors(
     p: AttentionProblem, out: Tensor, lse: Tensor, max_logits: Tensor | None, word: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     """The fields of FwdTensorsOf in csrc/ops.h."""
+    q, qv = (None, p.q) if variants.only_qv(p) else (p.q, p.qv)
     return (
-        p.q,
+        q,
+        qv,
         p.k,
         p.v,
         out,
@@ -101,7 +103,8 @@ def _prepare(p: AttentionProblem, out: Tensor, lse: Tensor, max_logits: Tensor |
     device = launch.number(p.q.device)
     plan = heuristics.fwd_launch(p, variant, launch.num_multiprocessors(device))
     flat = p.page_table is None or p.page_table.stride(1) == 1
-    if not flat or not all(map(launch.fit, (p.q, p.k, p.v))) or (plan.num_splits == 1 and not launch.fit(out)):
+    inputs = [x for x in (p.q, p.qv, p.k, p.v) if x is not None]
+    if not flat or not all(map(launch.fit, inputs)) or (plan.num_splits == 1 and not launch.fit(out)):
         return Prepared(None, None, 1, None)
     written, written_lse, merge = out, lse, None
     if plan.num_splits > 1:
@@ -138,9 +141,9 @@ def _on_copies(p: AttentionProblem, out: Tensor, lse: Tensor, max_logits: Tensor
     """`fwd` where kernels cannot take a tensor as it lies."""
     cached = p.page_table is not None or (p.seqused_k is not None and p.cu_seqlens_k is None)
     table = None if p.page_table is None else p.page_table.contiguous()
-    q = launch.taken(p.q)
+    q, qv = launch.taken(p.q), None if p.qv is None else launch.taken(p.qv)
     k, v = launch.taken(p.k, "k_cache" if cached else None), launch.taken(p.v, "v_cache" if cached else None)
     written = out if launch.takes(out) else torch.empty_like(out, memory_format=torch.contiguous_format)
-    fwd(replace(p, q=q, k=k, v=v, page_table=table), written, lse, max_logits)
+    fwd(replace(p, q=q, qv=qv, k=k, v=v, page_table=table), written, lse, max_logits)
     if written is not out:
         out.copy_(written)

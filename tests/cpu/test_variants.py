@@ -29,7 +29,7 @@ print("torch" in sys.modules)
 
 def problem(dtype: torch.dtype, head_dim: int, head_dim_v: int | None = None, rows: int = 5) -> SimpleNamespace:
     q, v = torch.empty(2, rows, 4, head_dim, dtype=dtype), torch.empty(2, 9, 2, head_dim_v or head_dim, dtype=dtype)
-    sizes = dict(num_heads=4, num_heads_kv=2, cu_seqlens_q=None, pack_gqa=None, page_table=None)
+    sizes = dict(num_heads=4, num_heads_kv=2, cu_seqlens_q=None, pack_gqa=None, page_table=None, qv=None)
     return SimpleNamespace(q=q, v=v, **sizes)
 
 

@@ -11,6 +11,7 @@ from test_workloads_sglang import (  # noqa: F401
     test_a3_cascade,
     test_a4_tree_verify,
     test_a5_local_attention_three_ways,
+    test_a6_mla_absorbed,
     test_a9_padding_of_a_piecewise_graph,
 )
 

@@ -11,6 +11,7 @@ from test_workloads_vllm import (  # noqa: F401
     test_e2_context_parallel_by_token,
     test_e2_infinite_lse_marks_a_part_without_keys,
     test_e3_head_dims_window_and_softcap,
+    test_e3_mla_decode,
 )
 
 pytestmark = pytest.mark.usefixtures("simulator", "by_default")

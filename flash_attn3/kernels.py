@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What a variant of a kernel is made of: a class for each operation. Which variants there are, `variants.py` says."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import ClassVar
+
+# Fields that are enumerations in hopper/config.h.
+_ENUMS = {"dtype": "Dtype", "kv_source": "KvSource"}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One kernel of an operation; the fields are those of its configuration in hopper/config.h, in that order."""
+
+    operation: ClassVar[str]  # hopper/<operation>.cuh, hopper/<operation>_entry.cuh
+    config: ClassVar[str]
+
+    @property
+    def name(self) -> str:
+        raise NotImplementedError
+
+    @property
+    def entry(self) -> str:
+        """The symbol of the kernel, the same in every cubin of the operation."""
+        return f"fa3_{self.operation}"
+
+    def stub(self) -> str:
+        """The whole source of the kernel: its configuration between two includes."""
+        settings = ", ".join(f".{field.name} = {self._literal(field.name)}" for field in fields(self))
+        return (
+            f'#include "{self.operation}.cuh"\n'
+            "using namespace fa3;\n"
+            f"constexpr {self.config} kConfig{{{settings}}};\n"
+            f'#include "{self.operation}_entry.cuh"\n'
+        )
+
+    def _literal(self, field: str) -> str:
+        """The value of a field in C++."""
+        value = getattr(self, field)
+        if field in _ENUMS:
+            return f"{_ENUMS[field]}::{value}"
+        return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+@dataclass(frozen=True)
+class FwdVariant(Variant):
+    operation = "fwd"
+    config = "FwdConfig"
+
+    dtype: str  # "bf16" or "fp16"
+    head_dim: int  # the largest d and dv that it serves: the copy engine fills up with zeros
+    head_dim_v: int
+    block_m: int = 128  # query rows of a tile, 64 for each consumer warpgroup
+    block_n: int = 128  # keys of a tile
+    stages: int = 2  # tiles of K, and of V, in shared memory
+    kv_source: str = "tma"  # "cp_async": for pages that no box of the copy engine fits
+    ping_pong: bool = True  # consumer warpgroups take turns at the tensor cores
+
+    @property
+    def name(self) -> str:
+        return (
+            f"fwd_{self.dtype}_d{self.head_dim}_v{self.head_dim_v}_m{self.block_m}_n{self.block_n}"
+            f"_s{self.stages}_{self.kv_source}" + "_pp" * self.ping_pong
+        )
+
+
+@dataclass(frozen=True)
+class BwdVariant(Variant):
+    operation = "bwd"
+    config = "BwdConfig"
+
+    dtype: str
+    head_dim: int  # the largest d and dv that it serves
+    head_dim_v: int
+    block_m: int = 64  # query rows of a step
+    block_n: int = 128  # keys of a CTA: 64 for each consumer warpgroup, or 64 that they share
+    consumers: int = 2  # warpgroups
+    stages: int = 2  # tiles of Q in shared memory
+    stages_dout: int = 2  # of dout
+    softcap: bool = False
+
+    @property
+    def name(self) -> str:
+        return (
+            f"bwd_{self.dtype}_d{self.head_dim}_v{self.head_dim_v}_m{self.block_m}_n{self.block_n}_w{self.consumers}"
+            f"_s{self.stages}{self.stages_dout}" + "_cap" * self.softcap
+        )
+
+
+@dataclass(frozen=True)
+class BwdPreprocessVariant(Variant):
+    operation = "bwd_preprocess"
+    config = "BwdPreprocessConfig"
+
+    threads: int = 128
+
+    @property
+    def name(self) -> str:
+        return f"bwd_preprocess_t{self.threads}"
+
+    @property
+    def block_m(self) -> int:
+        """Any: that of the main kernel."""
+        return 0
+
+
+@dataclass(frozen=True)
+class BwdPostprocessVariant(BwdPreprocessVariant):
+    operation = "bwd_postprocess"
+    config = "BwdPostprocessConfig"
+
+    @property
+    def name(self) -> str:
+        return f"bwd_postprocess_t{self.threads}"
+
+
+@dataclass(frozen=True)
+class MlaVariant(Variant):
+    """Values are keys too, and wide; all query heads of a tile share them."""
+
+    operation = "mla"
+    config = "MlaConfig"
+
+    dtype: str
+    head_dim: int  # of Q and K, as in FwdVariant
+    head_dim_v: int  # of V, Qv and out
+    block_m: int = 64
+    block_n: int = 64
+    stages: int = 2
+    kv_source: str = "tma"
+
+    @property
+    def name(self) -> str:
+        return (
+            f"mla_{self.dtype}_d{self.head_dim}_v{self.head_dim_v}_m{self.block_m}_n{self.block_n}"
+            f"_s{self.stages}_{self.kv_source}"
+        )
+
+
+@dataclass(frozen=True)
+class CombineVariant(Variant):
+    operation = "combine"
+    config = "CombineConfig"
+
+    threads: int = 128  # a warp for each row
+
+    @property
+    def name(self) -> str:
+        return f"combine_t{self.threads}"
+
+    @property
+    def block_m(self) -> int:
+        """Rows of a CTA."""
+        return self.threads // 32
+
+
+@dataclass(frozen=True)
+class AppendVariant(Variant):
+    operation = "append_kv"
+    config = "AppendConfig"
+
+    threads: int = 128
+
+    @property
+    def name(self) -> str:
+        return f"append_kv_t{self.threads}"
+
+    @property
+    def block_m(self) -> int:
+        """Chunks of eight elements of a tile."""
+        return 2 * self.threads
+
+
+@dataclass(frozen=True)
+class MergeVariant(Variant):
+    operation = "merge_state"
+    config = "MergeConfig"
+
+    threads: int = 256
+
+    @property
+    def name(self) -> str:
+        return f"merge_state_t{self.threads}"
+
+    @property
+    def block_m(self) -> int:
+        """Chunks of eight elements of a tile."""
+        return 2 * self.threads
