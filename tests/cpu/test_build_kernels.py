@@ -63,10 +63,12 @@ def test_stamp(kernel) -> None:
     assert block_m == variant.block_m
 
 
-def test_host_and_device_see_the_same_parameters(kernel, tmp_path) -> None:
+@pytest.mark.parametrize("operation", PARAMETERS)
+def test_host_and_device_see_the_same_parameters(operation, compiled, tmp_path) -> None:
     """The launcher is compiled by g++, the kernel by nvcc, from one header."""
-    variant, made = kernel
-    text = f'#include "params.h"\nstatic_assert(sizeof({PARAMETERS[variant.operation]}) == {stamp(made.ptx)[0]});\n'
+    made = [result for variant, result in compiled.items() if variant.operation == operation]
+    (size,) = {stamp(artifact.ptx)[0] for artifact in made}
+    text = f'#include "params.h"\nstatic_assert(sizeof({PARAMETERS[operation]}) == {size});\n'
     (tmp_path / "size.cpp").write_text(text)
     search = [f"-I{folder}" for folder in (sources.kernel_folder(), cuda_headers())]
     nvcc.run(["g++", "-std=c++20", "-fsyntax-only", *search, tmp_path / "size.cpp"], tmp_path)

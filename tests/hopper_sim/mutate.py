@@ -157,7 +157,7 @@ def place(chain: str, sources: Path) -> str:
     for entry in chain.split(" < "):
         name, _, number = entry.rpartition(":")
         file = sources / name
-        if file.is_file() and file.parent.name != HARDWARE_LAYER:
+        if file.is_relative_to(sources) and file.is_file() and file.parent.name != HARDWARE_LAYER:
             return file.read_text().splitlines()[int(number) - 1].strip()
     return "?"
 

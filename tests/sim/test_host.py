@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import flash_attn3
-from flash_attn3 import hopper, ops
+from flash_attn3 import UnsupportedError, build, hopper, ops, variants
+from flash_attn3.hopper import launch
 from flash_attn3.testing import bitwise_equal
 
 hopper_fwd = sys.modules["flash_attn3.hopper.fwd"]  # the package has a function of this name
@@ -112,3 +113,14 @@ def test_misaligned_tensors_of_a_known_kind(simulator) -> None:
     for _ in range(2):
         flash_attn3.flash_attn_func(q, k, v, out=out.zero_(), backend=BACKEND)
         assert bitwise_equal(out, expected)
+
+
+def test_first_use_while_a_graph_is_captured_names_the_remedy(monkeypatch) -> None:
+    """Before anything is compiled."""
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(build, "artifact", None)
+    with pytest.raises(
+        UnsupportedError, match=r"would be loaded inside the capture .* flash_attn3\.warmup\(fn, \*args\)"
+    ):
+        launch.kernel.__wrapped__(variants.COMBINE)
