@@ -19,6 +19,7 @@ MAX_SMEM = 232448  # bytes that a block can have
 REGISTERS = 65536  # of a multiprocessor
 PARAMETERS = {
     "fwd": "fa3::FwdParams",
+    "mla": "fa3::FwdParams",
     "combine": "fa3::CombineParams",
     "append_kv": "fa3::AppendParams",
     "merge_state": "fa3::MergeParams",

@@ -16,9 +16,8 @@ from flash_attn3.testing import GradCheck, bitwise_equal, pairwise, poison
 
 SHAPE = "bf16_d64_v64"
 AXES = {
-    "policy": POLICIES,
-    "page_size": [1, 2, 4, 7, 8, 16, 24, 40, 64, 80, 128, 256],
-    "shape": list(SHAPES),
+    "page_size": [1, 2, 7, 8, 16, 40, 64, 256],
+    "shape": ["bf16_d64_v64", "fp16_d96_v96", "bf16_d128_v128", "fp16_d192_v128", "bf16_d192_v192", "fp16_d256_v256"],
     "seqlens": [(1, 300), (5, 130), (97, 511), (200, 200), (130, 40)],
     "mask": list(MASKS),
     "heads": [(2, 2), (6, 1), (8, 2)],
@@ -29,6 +28,7 @@ AXES = {
     "batch_idx": [False, True],
 }
 PAGE_SIZES = [1, 2, 7, 8, 16, 24, 64, 128, 256]
+EVERY_DAY = (SHAPE, "bf16_d192_v128", "fp16_d256_v256")  # kernels that differ in the size of things: seldom
 
 
 def same(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> bool:
@@ -92,12 +92,11 @@ def test_features(choice: dict[str, Any], simulator) -> None:
         case = packed(case, [seqlen_q - n % 3 if seqlen_q > 2 else n % 2 for n in range(sizes["batch"])])
     if choice["batch_idx"]:
         case = with_batch_idx(case)
-    simulator.configure(choice["policy"])
     check(poison(case | MASKS[choice["mask"]]), num_splits=choice["num_splits"])
 
 
 @pytest.mark.parametrize("leftpad", [False, True])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", [pytest.param(s, marks=[pytest.mark.slow] * (s not in EVERY_DAY)) for s in SHAPES])
 def test_pages_move_no_bits(shape: str, leftpad: bool, simulator, launched: list[str]) -> None:
     """Their size, their order, and how they are copied; against the dense cache."""
     case = cache_case(shape, seqlen_q=9, num_heads=4, num_heads_kv=2)
