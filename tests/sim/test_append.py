@@ -96,9 +96,9 @@ def case_of(choice: dict[str, Any], seed: int = 0) -> dict[str, Any]:
     return a
 
 
-def problem(a: dict[str, Any]) -> AppendProblem:
+def problem(a: dict[str, Any], q_advances: bool = False) -> AppendProblem:
     names = AppendProblem.__dataclass_fields__
-    return AppendProblem(**{name: a.get(name) for name in names} | {"q_advances": False})
+    return AppendProblem(**{name: a.get(name) for name in names} | {"q_advances": q_advances})
 
 
 def append(a: dict[str, Any]) -> None:
@@ -314,3 +314,14 @@ def test_queries(choice: dict[str, Any], simulator) -> None:
         own = slice(cu_seqlens[n], cu_seqlens[n + 1]) if cu_seqlens is not None else n
         exact = reference._rotate(q[own], *tables, positions, interleaved, n, 0, choice["advance"])
         torch.testing.assert_close(out[own].double(), exact, rtol=ULP[dtype], atol=1e-6)
+
+
+@pytest.mark.parametrize("seqlen_new", [0, 3])
+def test_queries_in_the_launch_of_new_keys(seqlen_new: int, simulator, launched: list[str]) -> None:
+    """Which there may be none of. The bits of a rotation by torch operators."""
+    a = case_of(ROTARY) | {"q": values((3, 4, 2, 64), torch.bfloat16, seed=9)}
+    a |= {name: a[name][:, :seqlen_new] for name in "kv"}
+    rotated = ops.append_kv(*problem(a, q_advances=True).arguments(), "hopper")
+    tables = (a["rotary_cos"], a["rotary_sin"], a["cache_seqlens"])
+    assert bitwise_equal(rotated, ops.rotary_q(a["q"], *tables, None, True, False, "cpu"))
+    assert launched == ["append_kv_t128"]
