@@ -41,5 +41,7 @@ def unsupported_reason(p: AttentionProblem, needs_grad: bool) -> str | None:
 
 
 def kernel_name(p: AttentionProblem) -> str:
-    """What computes the forward of `p`, for people."""
-    return variants.select(p).name
+    """What computes the forward of `p`, and its gradients if there will be some, for people."""
+    needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (p.q, p.k, p.v, p.s_aux))
+    names = [variants.select(p).name, *([variants.select_bwd(p).name] if needs_grad else [])]
+    return ", ".join(names)

@@ -40,6 +40,11 @@ POLICIES = (
 )
 
 
+def in_order(policy: str) -> str:
+    """The policy with CTAs launched as the hardware does, which those that take turns rely on."""
+    return ",".join(option for option in policy.split(",") if not option.startswith("cta_order"))
+
+
 def named(choice: dict[str, Any]) -> str:
     return "-".join(str(value).replace(" ", "") for value in choice.values())
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from cases import MASKS, POLICIES, SHAPES, check_gradients, inputs, named
+from cases import MASKS, POLICIES, SHAPES, check_gradients, in_order, inputs, named
 
 from flash_attn3.testing import pairwise
 
@@ -30,13 +30,15 @@ EDGES = [1, 2, 63, 64, 65, 95, 96, 97, 127, 128, 129, 191, 192, 193]
 def test_features(choice: dict[str, Any], simulator) -> None:
     (seqlen_q, seqlen_k), (num_heads, num_heads_kv) = choice["seqlens"], choice["heads"]
     sizes = {"seqlen_q": seqlen_q, "seqlen_k": seqlen_k, "num_heads": num_heads, "num_heads_kv": num_heads_kv}
-    sizes |= {name: choice[name] for name in ("narrower", "sink", "strided")}
+    sizes |= {name: choice[name] for name in ("narrower", "strided")}
+    # Of one key beside a sink, terms cancel to what the rounding of `out` has left of them.
+    sizes["sink"] = choice["sink"] and choice["mask"] != "narrow"
     case = inputs(choice["shape"], choice["layout"], **sizes) | MASKS[choice["mask"]] | choice["score"]
-    simulator.configure(choice["policy"])
+    simulator.configure(in_order(choice["policy"]) if choice["deterministic"] else choice["policy"])
     check_gradients(case, deterministic=choice["deterministic"])
 
 
-@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("causal", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("seqlen_q", EDGES)
 def test_sizes(seqlen_q: int, causal: bool, simulator) -> None:
     """Around the tile sizes; every pair of neighbours occurs in one of the two masks."""

@@ -306,3 +306,6 @@ def test_the_backward_is_ours(simulator, launched: list[str]) -> None:
     assert "bwd" in hopper.__all__
     gradients(case, values(case["q"].shape, torch.bfloat16))
     assert [name.split("_d64")[0] for name in launched] == ["fwd_bf16", "bwd_bf16"]
+    leaves = {name: case[name].clone().requires_grad_() for name in "qkv"}
+    assert flash_attn3.why(flash_attn_func, **leaves, backend="hopper").kernel == ", ".join(launched)
+    assert flash_attn3.why(flash_attn_func, **case, backend="hopper").kernel == launched[0]

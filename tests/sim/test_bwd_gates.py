@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What the machine code of every backward kernel must look like to be fast; no GPU is needed to see it.
+
+Registers, spills and the compiler's warnings are gates of the build (tests/cpu/test_build_kernels.py).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from flash_attn3 import build, variants
+from flash_attn3.variants import BwdVariant
+from tests.sim import sass
+
+WAITS = 3  # of a step with one pass: scores, dP, then dV and dQ; dK at its end
+
+pytestmark = pytest.mark.skipif(sass.disassembler() is None, reason="needs nvdisasm (pip: nvidia-cuda-nvdisasm)")
+
+
+@pytest.fixture(scope="module", params=variants.bwd_variants(), ids=lambda variant: variant.name)
+def variant(request: pytest.FixtureRequest) -> BwdVariant:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def loops(variant: BwdVariant, tmp_path_factory: pytest.TempPathFactory) -> list[list[str]]:
+    cubin: Path = tmp_path_factory.mktemp("cubin") / f"{variant.name}.cubin"
+    cubin.write_bytes(build.obtain(variant).cubin)
+    return sass.mma_loops(sass.disassemble(cubin), num_mma(variant))
+
+
+def shares_keys(variant: BwdVariant) -> bool:
+    return variant.block_n == 64
+
+
+def passes(variant: BwdVariant) -> int:
+    return 1 if shares_keys(variant) else -(-variant.block_m // 64)
+
+
+def num_mma(variant: BwdVariant) -> int:
+    """Of a warpgroup in a step: scores and dP over the head dims, dV and dK over the rows, dQ over the keys."""
+    panels, panels_v = -(-variant.head_dim // 64), -(-variant.head_dim_v // 64)
+    tiles = panels // variant.consumers if shares_keys(variant) else 1
+    tiles_v = -(-panels_v // variant.consumers) if shares_keys(variant) else 1
+    scores = passes(variant) * (variant.head_dim + variant.head_dim_v) // 16
+    return scores + (tiles + tiles_v) * variant.block_m // 16 + tiles * variant.block_n // 16
+
+
+def num_scores(variant: BwdVariant) -> int:
+    """Of a thread in a step."""
+    return variant.block_m * 64 // 128 // (variant.consumers if shares_keys(variant) else 1)
+
+
+def test_one_loop_without_masks_and_one_with(variant: BwdVariant, loops: list[list[str]]) -> None:
+    assert [sass.count(loop, "HGMMA") for loop in loops] == [num_mma(variant)] * 2
+
+
+def test_products_are_not_serialised(variant: BwdVariant, loops: list[list[str]]) -> None:
+    """Each group is issued as a whole: 5 a step, one more S, dP, dV and dK for each further pass."""
+    groups = 5 + 4 * (passes(variant) - 1)
+    waits = WAITS + 1 + 2 * (passes(variant) - 1)
+    for loop in loops:
+        assert sass.count(loop, "WARPGROUP.ARRIVE") == groups
+        assert sass.count(loop, "WARPGROUP.DEPBAR") == waits
+
+
+def test_dscores_are_computed_beside_dv(variant: BwdVariant, loops: list[list[str]]) -> None:
+    """Where P comes from registers: dV is issued before the wait for dP."""
+    if shares_keys(variant):
+        return
+    steady = loops[0]
+    waits = [i for i, opcode in enumerate(steady) if opcode.startswith("WARPGROUP.DEPBAR")]
+    between = steady[waits[0] : waits[1]]
+    assert sass.count(between, "HGMMA") == variant.block_m // 16 // passes(variant)
+    assert sass.count(between, "MUFU.EX2") == num_scores(variant) // passes(variant)
+
+
+def test_nothing_is_spilled_in_loops(loops: list[list[str]]) -> None:
+    for loop in loops:
+        assert sass.count(loop, "LDL") == sass.count(loop, "STL") == 0
+
+
+def test_steady_loop_is_arithmetic(variant: BwdVariant, loops: list[list[str]]) -> None:
+    """For each score: scale, exponential, a difference, a product, two halves of a conversion; softcap has more."""
+    steady, scores = loops[0], num_scores(variant)
+    assert sass.count(steady, "MUFU.EX2") == scores
+    assert sass.count(steady, "F2FP") == scores
+    assert sass.count(steady, "FSEL") == 0 and sass.count(steady, "ISETP") <= 8  # nothing is masked
+    softcap = 4 * scores * variant.softcap
+    sums = 0 if not shares_keys(variant) else -(-variant.head_dim // 64) // variant.consumers * variant.block_m // 8
+    assert len(steady) <= 5 * scores + 6 * num_mma(variant) + softcap + 6 * sums + 180
