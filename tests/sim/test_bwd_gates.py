@@ -87,7 +87,9 @@ def test_steady_loop_is_arithmetic(variant: BwdVariant, loops: list[list[str]]) 
     steady, scores = loops[0], num_scores(variant)
     assert sass.count(steady, "MUFU.EX2") == scores
     assert sass.count(steady, "F2FP") == scores
-    assert sass.count(steady, "FSEL") == 0 and sass.count(steady, "ISETP") <= 8  # nothing is masked
+    # Where warpgroups share keys, they take turns themselves; a branch looks for the turn.
+    turns = 200 if shares_keys(variant) else 0
+    assert sass.count(steady, "FSEL") == 0  # nothing is masked
+    assert sass.count(steady, "ISETP") <= (32 if turns else 8)
     softcap = 4 * scores * variant.softcap
-    sums = 0 if not shares_keys(variant) else -(-variant.head_dim // 64) // variant.consumers * variant.block_m // 8
-    assert len(steady) <= 5 * scores + 6 * num_mma(variant) + softcap + 6 * sums + 180
+    assert len(steady) <= 5 * scores + 6 * num_mma(variant) + softcap + turns + 180
