@@ -40,7 +40,9 @@ def unsupported_reason(p: AttentionProblem) -> str | None:
     held = variants.held_in(p.head_dim, p.head_dim_v)
     if held is None:
         return f"has no backward with head dims ({p.head_dim}, {p.head_dim_v})"
-    names = variants.bwd_names(variants.DTYPES[str(p.q.dtype)], *held, p.softcap > 0)
+    dtype = variants.DTYPES[str(p.q.dtype)]
+    # A branch, since torch.compile may hold the softcap for a variable.
+    names = variants.bwd_names(dtype, *held, True) if p.softcap > 0 else variants.bwd_names(dtype, *held, False)
     return next((reason for name in names if (reason := launch.unobtainable(name))), None)
 
 
