@@ -92,10 +92,15 @@ void read(Keywords& from, FwdOptions& options) {
     FA3_READ(batch);
     FA3_READ(seqlen_k_new);
     FA3_READ(box_keys);
+    FA3_READ(num_splits);
+    FA3_READ(split_rows);
+    FA3_READ(split_blocks);
+    FA3_READ(block_n);
+    FA3_READ(part_rows_of_sequence);
     FA3_READ(pack);
     FA3_READ(num_m_blocks);
-    FA3_READ(num_splits);
     FA3_READ(heads_per_section);
+    FA3_READ(metadata_key);
     FA3_READ(dynamic);
     FA3_READ(grid);
 }
@@ -148,20 +153,38 @@ void read(Keywords& from, BwdOptions& options) {
     FA3_READ(last_first);
 }
 
+void read(Keywords& from, MetadataOptions& options) {
+    FA3_READ(batch);
+    FA3_READ(seqlen_q);
+    FA3_READ(seqlen_k);
+    FA3_READ(window_left);
+    FA3_READ(window_right);
+    FA3_READ(attention_chunk);
+    FA3_READ(block_n);
+    FA3_READ(metadata_key);
+}
+
 #undef FA3_READ
+
+template <typename Options>
+Options options_of(const py::kwargs& values) {
+    Options options;
+    Keywords keywords(values);
+    read(keywords, options);
+    keywords.finish();
+    return options;
+}
 
 // An operation of ops.h as a class: made from a kernel or three, which it keeps alive, its tensors
 // and its options; launched on addresses.
 template <typename Prepared, typename... More>
-void bind_prepared(py::module_& m, const char* name) {
-    py::class_<Prepared>(m, name, py::module_local(),
-                         "A launch for tensors of certain sizes and strides; see csrc/ops.h.")
+py::class_<Prepared> bind_prepared(py::module_& m, const char* name) {
+    return py::class_<Prepared>(
+               m, name, py::module_local(),
+               "A launch for tensors of certain sizes and strides; see csrc/ops.h.")
         .def(py::init([](Kernel& kernel, More&... more, const typename Prepared::Tensors& tensors,
                          int device, uintptr_t stream, const py::kwargs& values) {
-                 typename Prepared::Options options;
-                 Keywords keywords(values);
-                 read(keywords, options);
-                 keywords.finish();
+                 const auto options = options_of<typename Prepared::Options>(values);
                  const py::gil_scoped_release without_gil;
                  return std::make_unique<Prepared>(kernel, more..., tensors, options,
                                                    Place{device, as_stream(stream)});
@@ -255,7 +278,20 @@ PYBIND11_MODULE(_C, m) {
         .value("fp16", Dtype::fp16)
         .value("fp32", Dtype::fp32)
         .value("e4m3", Dtype::e4m3);
-    bind_prepared<PreparedFwd>(m, "PreparedFwd");
+    bind_prepared<PreparedFwd>(m, "PreparedFwd")
+        .def(
+            "sort_with",
+            [](PreparedFwd& prepared, Kernel& kernel, uintptr_t stream) {
+                prepared.sort_with(kernel, as_stream(stream));
+            },
+            py::keep_alive<1, 2>(), "Launches make the metadata first.")
+        .def(
+            "combine_with",
+            [](PreparedFwd& prepared, Kernel& kernel, unsigned grid, uintptr_t stream) {
+                prepared.combine_with(kernel, grid, as_stream(stream));
+            },
+            py::keep_alive<1, 2>(), "Launches merge the parts of splits in the end.");
+    bind_prepared<PreparedMetadata>(m, "PreparedMetadata");
     bind_prepared<PreparedCombine>(m, "PreparedCombine");
     bind_prepared<PreparedAppend>(m, "PreparedAppend");
     bind_prepared<PreparedMerge>(m, "PreparedMerge");

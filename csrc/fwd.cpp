@@ -20,18 +20,21 @@ TensorMapSpec packed_map(const char* tensor, Dtype dtype, const TensorView& x, i
                      {x.size[kBatch], x.stride[kBatch]}});
 }
 
-void set_strides(FwdParams& params, const PreparedFwd::Tensors& tensors, bool split) {
-    TensorView out = split ? tensors.out : unsqueezed(tensors.out, 0);
-    TensorView lse = split ? tensors.lse : unsqueezed(tensors.lse, 0);
-    if (tensors.q.rank == 3 || tensors.qv.rank == 3)
-        out = unsqueezed(out, 1), lse = unsqueezed(lse, 1);
-    params.out_split_stride = out.stride[0];
-    params.out_batch_stride = out.stride[1];
-    params.out_row_stride = out.stride[2];
-    params.out_head_stride = out.stride[3];
-    params.lse_split_stride = lse.stride[0];
-    params.lse_batch_stride = lse.stride[1];
-    params.lse_head_stride = lse.stride[2];
+void set_outputs(FwdParams& params, const PreparedFwd::Tensors& tensors,
+                 const FwdOptions& options) {
+    const bool packed = tensors.q.rank == 3 || tensors.qv.rank == 3;
+    const TensorView out = packed ? unsqueezed(tensors.out, 0) : tensors.out;
+    const TensorView lse = packed ? unsqueezed(tensors.lse, 0) : tensors.lse;
+    params.out_dtype = options.out_dtype;
+    params.out_batch_stride = out.stride[kBatch];
+    params.out_row_stride = out.stride[kRow];
+    params.out_head_stride = out.stride[kHead];
+    params.lse_batch_stride = lse.stride[0];
+    params.lse_head_stride = lse.stride[1];
+    const int64_t of_sequence = options.part_rows_of_sequence;
+    params.part_rows_of_sequence = options.part_rows_of_sequence;
+    params.part_rows =
+        of_sequence ? options.batch * of_sequence : out.size[kBatch] * out.size[kRow];
 }
 
 void set_strides(KeyTensor& keys, const TensorView& x) {
@@ -80,6 +83,12 @@ void set_addresses(FwdParams& params, const PreparedFwd::Addresses& at) {
     params.v.data = at.v;
     params.sink = at.sink;
     params.status = static_cast<int*>(at.status);
+    params.ragged = at.cu_seqlens_q || at.cu_seqlens_k || at.seqused_q || at.seqused_k ||
+                    at.leftpad_k || at.cu_seqlens_k_new;
+    params.metadata = params.metadata_key ? static_cast<int*>(at.metadata) : nullptr;
+    params.out_parts = static_cast<float*>(at.parts);
+    params.lse_parts = params.out_parts +
+                       params.num_splits * params.part_rows * params.num_heads * params.head_dim_v;
 }
 
 }  // namespace
@@ -102,9 +111,8 @@ PreparedFwd::PreparedFwd(Kernel& kernel, const Tensors& tensors, const Options& 
     set_strides(params_.k, k);
     set_strides(params_.v, v);
     set_slots(params_, k, tensors.page_table);
-    set_strides(params_, tensors, options.num_splits > 1);
+    set_outputs(params_, tensors, options);
     set_scores(params_, options);
-    params_.out_dtype = options.out_dtype;
     params_.sink_dtype = options.sink_dtype;
     params_.batch = options.batch;
     params_.seqlen_k_new = options.seqlen_k_new;
@@ -117,7 +125,12 @@ PreparedFwd::PreparedFwd(Kernel& kernel, const Tensors& tensors, const Options& 
     params_.pack = options.pack;
     params_.num_m_blocks = options.num_m_blocks;
     params_.num_splits = options.num_splits;
+    params_.split_rows = options.split_rows;
+    params_.split_blocks = options.split_blocks;
+    params_.block_n = options.block_n;
     params_.heads_per_section = options.heads_per_section;
+    params_.metadata_key = options.metadata_key;
+    params_.metadata_size = tensors.metadata.rank ? static_cast<int>(tensors.metadata.size[0]) : 0;
 }
 
 bool PreparedFwd::launch(const Addresses& at, CUstream stream) const {
@@ -130,7 +143,13 @@ bool PreparedFwd::launch(const Addresses& at, CUstream stream) const {
     encode_tensor_map(v_map_, at.v, params.v.map);
     set_addresses(params, at);
     params.tile_counter = dynamic_ ? tile_counter(device_, stream) : nullptr;
-    fa3::launch(function_, {.grid = {grid_, 1, 1}}, stream, params);
+    if (sorter_) fa3::launch(*sorter_, {}, stream, params);
+    fa3::launch(function_, {.grid = {grid_, 1, 1}, .programmatic = sorter_ != nullptr}, stream,
+                params);
+    if (combiner_) {
+        fa3::launch(*combiner_, {.grid = {combine_grid_, 1, 1}, .programmatic = true}, stream,
+                    params);
+    }
     return true;
 }
 

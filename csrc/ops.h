@@ -18,8 +18,8 @@ struct FwdTensorsOf {
     T q, qv;       // (b, s_q, h, d | dv), or packed (t_q, h, d | dv)
     T k, v;        // (b, s_k, h_kv, d | dv), packed (t_k, h_kv, d | dv), or pages
                    // (num_pages, page_size, h_kv, d | dv)
-    T out;         // (b, s_q, h, dv), or packed (t_q, h, dv); partial results: the splits in front
-    T lse;         // (b, h, s_q), or packed (h, t_q); partial results: the splits in front
+    T out;         // (b, s_q, h, dv), or packed (t_q, h, dv)
+    T lse;         // (b, h, s_q), or packed (h, t_q)
     T max_logits;  // (b, h), -inf
     T cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, leftpad_k;
     T cu_seqlens_k_new;
@@ -27,7 +27,9 @@ struct FwdTensorsOf {
     T page_table;        // (b | rows, pages), the stride of pages is 1
     T cp_tot_seqused_k;  // (b,)
     T sink;              // (h,)
-    T status;            // (1,): what had to be clamped
+    T parts;  // fp32: [num_splits, part_rows, h, dv], then [num_splits, part_rows, h], contiguous
+    T metadata;  // see FwdParams
+    T status;    // (1,): what had to be clamped
 };
 
 struct FwdOptions {
@@ -38,9 +40,24 @@ struct FwdOptions {
     int batch;
     int seqlen_k_new;  // keys appended to each sequence
     int box_keys;      // that the copy engine takes at once; 0: the kernel's threads copy rows
-    int pack, num_m_blocks, num_splits, heads_per_section;  // see FwdParams
-    bool dynamic;                                           // tiles are handed out one by one
+    int num_splits, split_rows, split_blocks, block_n;  // see FwdParams
+    int part_rows_of_sequence, pack, num_m_blocks, heads_per_section;
+    int metadata_key;
+    bool dynamic;  // tiles are handed out one by one
     unsigned grid;
+};
+
+// A schedule of later calls.
+template <typename T>
+struct MetadataTensorsOf {
+    T cu_seqlens_q, seqused_k, leftpad_k;
+    T metadata;
+};
+
+struct MetadataOptions {
+    int batch, seqlen_q, seqlen_k;
+    int window_left, window_right, attention_chunk, block_n;
+    int metadata_key;
 };
 
 template <typename T>
@@ -134,13 +151,41 @@ class PreparedFwd {
 
     const std::string& kernel() const { return function_.kernel; }
 
+    // Launches make the metadata first, or merge the parts of splits in the end.
+    void sort_with(Kernel& kernel, CUstream stream) { sorter_ = &kernel.on(device_, stream); }
+    void combine_with(Kernel& kernel, unsigned grid, CUstream stream) {
+        combiner_ = &kernel.on(device_, stream);
+        combine_grid_ = grid;
+    }
+
   private:
     const Function& function_;
+    const Function *sorter_ = nullptr, *combiner_ = nullptr;
     const int device_;
     const unsigned grid_;
+    unsigned combine_grid_ = 0;
     const bool dynamic_;
     FwdParams params_{};  // each launch gets a copy, with its addresses
     TensorMapSpec q_map_{}, qv_map_{}, k_map_, v_map_;  // rank 0: absent
+};
+
+class PreparedMetadata {
+  public:
+    using Tensors = MetadataTensorsOf<TensorView>;
+    using Addresses = MetadataTensorsOf<void*>;
+    using Options = MetadataOptions;
+
+    PreparedMetadata(Kernel& kernel, const Tensors& tensors, const Options& options,
+                     const Place& place);
+
+    bool launch(const Addresses& at, CUstream stream) const;
+
+    const std::string& kernel() const { return function_.kernel; }
+
+  private:
+    const Function& function_;
+    const int device_;
+    FwdParams params_{};
 };
 
 class PreparedCombine {

@@ -67,6 +67,9 @@ template <typename T>
 struct type_caster<fa3::FwdTensorsOf<T>> : tensors_caster<fa3::FwdTensorsOf, T> {};
 
 template <typename T>
+struct type_caster<fa3::MetadataTensorsOf<T>> : tensors_caster<fa3::MetadataTensorsOf, T> {};
+
+template <typename T>
 struct type_caster<fa3::CombineTensorsOf<T>> : tensors_caster<fa3::CombineTensorsOf, T> {};
 
 template <typename T>

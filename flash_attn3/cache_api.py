@@ -6,10 +6,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import autograd, ops, runtime, validate, validate_append
+from . import autograd, env, ops, runtime, validate, validate_append
 from .aliases import accepts_aliases
 from .call import Call, call
-from .checks import FP8, Checks
+from .checks import FP8, INT32_MAX, Checks
+from .problem import ScheduleProblem
 from .replay import replayed
 
 CACHE_NAMES = {
@@ -223,35 +224,53 @@ def get_scheduler_metadata(
     """
     c = Checks("get_scheduler_metadata")
     batch = c.integer("batch_size", batch_size, 0)
-    for name, value in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
-        c.bound(name, value, 0)
+    bounds = (c.bound("max_seqlen_q", max_seqlen_q, INT32_MAX), c.bound("max_seqlen_k", max_seqlen_k, INT32_MAX))
     heads, heads_kv = c.integer("num_heads_q", num_heads_q, 0), c.integer("num_heads_kv", num_heads_kv, 0)
     if (heads_kv < 1 and heads > 0) or (heads_kv > 0 and heads % heads_kv):
         c.fail("num_heads_q", heads, f"a multiple of num_heads_kv = {heads_kv} (>= 1)")
     if qkv_dtype not in (torch.float16, torch.bfloat16, torch.float32, FP8):
         c.fail_type("qkv_dtype", str(qkv_dtype), "dtype float16, bfloat16, float32 or float8_e4m3fn")
     multiple = 16 if qkv_dtype == FP8 else 8
+    dims = []
     for name, size in (("headdim", headdim), ("headdim_v", headdim if headdim_v is None else headdim_v)):
-        if c.integer(name, size, multiple, 512) % multiple:
+        dims.append(c.integer(name, size, multiple, 512))
+        if dims[-1] % multiple:
             c.fail(name, size, f"a multiple of {multiple}")
     c.tensor("cache_seqlens", cache_seqlens)
     cache_seqlens = c.index("cache_seqlens", cache_seqlens, (("b", batch),), cache_seqlens)
-    for name, value, size in (
-        ("cu_seqlens_q", cu_seqlens_q, batch + 1),
-        ("cu_seqlens_k_new", cu_seqlens_k_new, batch + 1),
-        ("cache_leftpad", cache_leftpad, batch),
-    ):
-        c.index(name, value, ((f"{size}", size),), cache_seqlens)
+    lengths = {
+        name: c.index(name, value, ((f"{size}", size),), cache_seqlens)
+        for name, value, size in (
+            ("cu_seqlens_q", cu_seqlens_q, batch + 1),
+            ("cu_seqlens_k_new", cu_seqlens_k_new, batch + 1),
+            ("cache_leftpad", cache_leftpad, batch),
+        )
+    }
     if page_size is not None:
         c.integer("page_size", page_size, 1)
     c.integer("max_seqlen_k_new", max_seqlen_k_new, 0)
-    c.window("window_size", window_size)
-    c.integer("attention_chunk", 0 if attention_chunk is None else attention_chunk, 0)
-    c.integer("num_splits", num_splits, 0, 256)
+    left, right = c.window("window_size", window_size)
+    chunk = c.integer("attention_chunk", 0 if attention_chunk is None else attention_chunk, 0)
+    splits = c.integer("num_splits", num_splits, 0, 256)
     c.integer("sm_margin", sm_margin, 0)
-    for name, value in (("causal", causal), ("has_softcap", has_softcap)):
-        c.flag(name, value)
-    for name, value in (("pack_gqa", pack_gqa), ("batch_invariant", batch_invariant)):
-        c.flag(name, False if value is None else value)
-    runtime.named(c.fn, backend)
-    return ops.scheduler_metadata(cache_seqlens)
+    causal, has_softcap = c.flag("causal", causal), c.flag("has_softcap", has_softcap)
+    packs = None if pack_gqa is None else c.flag("pack_gqa", pack_gqa)
+    invariant = env.batch_invariant if batch_invariant is None else c.flag("batch_invariant", batch_invariant)
+    schedule = ScheduleProblem(
+        cache_seqlens,
+        lengths["cu_seqlens_q"],
+        lengths["cache_leftpad"],
+        *bounds,
+        heads,
+        heads_kv,
+        *dims,
+        qkv_dtype,
+        left,
+        0 if causal else right,
+        chunk,
+        has_softcap,
+        splits,
+        packs,
+        invariant,
+    )
+    return ops.scheduler_metadata(*schedule.arguments(), runtime.for_device(c.fn, cache_seqlens.device, backend))

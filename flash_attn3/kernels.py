@@ -157,6 +157,35 @@ class CombineVariant(Variant):
 
 
 @dataclass(frozen=True)
+class CombineSplitsVariant(Variant):
+    operation = "combine_splits"
+    config = "CombineSplitsConfig"
+
+    threads: int = 128  # a warp for each row
+
+    @property
+    def name(self) -> str:
+        return f"combine_splits_t{self.threads}"
+
+    @property
+    def block_m(self) -> int:
+        """Rows of a CTA."""
+        return self.threads // 32
+
+
+@dataclass(frozen=True)
+class MetadataVariant(Variant):
+    operation = "metadata"
+    config = "MetadataConfig"
+
+    threads: int = 1024
+
+    @property
+    def name(self) -> str:
+        return f"metadata_t{self.threads}"
+
+
+@dataclass(frozen=True)
 class AppendVariant(Variant):
     operation = "append_kv"
     config = "AppendConfig"

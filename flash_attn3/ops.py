@@ -26,7 +26,7 @@ from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad, profiler
 
 from . import debug, env, runtime, status
-from .problem import AppendProblem, AttentionProblem
+from .problem import AppendProblem, AttentionProblem, ScheduleProblem
 
 NAMESPACE = __package__.replace(".", "_")  # "flash_attn3"; a renamed copy of the package has ops of its own
 _SCHEMA_TYPES = {
@@ -252,9 +252,19 @@ def _merge_state_fake(out_a, lse_a, out_b, lse_b, out_dtype, lse_layout, backend
     return _empty_merged(out_a, lse_a, out_dtype)
 
 
-def _scheduler_metadata(cache_seqlens: Tensor) -> Tensor:
-    """All zero, "no metadata": the cpu and triton backends schedule without it."""
-    return cache_seqlens.new_zeros(1 + 4 * ((cache_seqlens.shape[0] + 3) // 4 * 4))
+def _scheduler_metadata(*arguments) -> Tensor:
+    s = ScheduleProblem(*arguments[:-1])
+    schedule = _empty_schedule(s)
+    runtime.backend(arguments[-1]).scheduler_metadata(s, schedule)
+    return schedule
+
+
+def _scheduler_metadata_fake(*arguments) -> Tensor:
+    return _empty_schedule(ScheduleProblem(*arguments[:-1]))
+
+
+def _empty_schedule(s: ScheduleProblem) -> Tensor:
+    return s.seqused_k.new_empty(1 + 4 * ((s.batch + 3) // 4 * 4))
 
 
 _problem = _schema(AttentionProblem)
@@ -289,7 +299,7 @@ _define(
     _merge_state,
     _merge_state_fake,
 )
-_define("scheduler_metadata", "Tensor cache_seqlens) -> Tensor", _scheduler_metadata, _scheduler_metadata)
+_define("scheduler_metadata", f"{_schema(ScheduleProblem)}) -> Tensor", _scheduler_metadata, _scheduler_metadata_fake)
 
 _ops = getattr(torch.ops, NAMESPACE)
 fwd = _ops.fwd.default

@@ -191,3 +191,33 @@ class AppendProblem:
 
     def arguments(self) -> tuple:
         return tuple(getattr(self, field.name) for field in fields(self))
+
+
+@dataclass(frozen=True, eq=False)
+class ScheduleProblem:
+    """A schedule to make for calls on caches, see `AttentionProblem`: what it may depend on."""
+
+    seqused_k: Tensor  # (b,) int32
+    cu_seqlens_q: Tensor | None  # (b + 1,)
+    leftpad_k: Tensor | None  # (b,)
+    max_seqlen_q: int
+    max_seqlen_k: int
+    num_heads: int
+    num_heads_kv: int
+    head_dim: int
+    head_dim_v: int
+    dtype: torch.dtype  # of q
+    window_left: int
+    window_right: int
+    attention_chunk: int
+    has_softcap: bool
+    num_splits: int
+    pack_gqa: bool | None
+    batch_invariant: bool
+
+    @property
+    def batch(self) -> int:
+        return self.seqused_k.shape[0]
+
+    def arguments(self) -> tuple:
+        return tuple(getattr(self, field.name) for field in fields(self))

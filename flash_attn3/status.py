@@ -27,6 +27,7 @@ ARGUMENTS = (
     "kv_batch_idx",  # cache_batch_idx
     "rotary_seqlens",
     "cp_tot_seqused_k",
+    "scheduler_metadata",
 )
 BITS = {argument: 1 << index for index, argument in enumerate(ARGUMENTS)}
 
@@ -65,7 +66,7 @@ def raise_pending(device: torch.device) -> None:
     with _lock:
         value.value = 0
     names = ", ".join(argument for argument, bit in BITS.items() if bits & bit)
-    expected = "lengths, offsets and page ids within the tensors they index"
+    expected = "lengths, offsets and page ids within the tensors they index, and metadata made for the same flags"
     hint = f"The contents were clamped by an earlier call on {device}, whose result is defined but likely not meant"
     raise FlashAttn3ValueError(message("flash_attn3", names, "out of range", expected, hint))
 

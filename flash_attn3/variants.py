@@ -16,9 +16,11 @@ from .kernels import (
     BwdPostprocessVariant,
     BwdPreprocessVariant,
     BwdVariant,
+    CombineSplitsVariant,
     CombineVariant,
     FwdVariant,
     MergeVariant,
+    MetadataVariant,
     MlaVariant,
     Variant,
 )
@@ -49,6 +51,8 @@ BWD_TILES = {
 }
 
 COMBINE = CombineVariant()
+COMBINE_SPLITS = CombineSplitsVariant()
+METADATA = MetadataVariant()
 APPEND_KV = AppendVariant()
 MERGE_STATE = MergeVariant()
 BWD_PREPROCESS = BwdPreprocessVariant()
@@ -90,16 +94,8 @@ def bwd_variants() -> tuple[BwdVariant, ...]:
 @functools.cache
 def all_variants() -> tuple[Variant, ...]:
     """Of every operation."""
-    return (
-        *fwd_variants(),
-        *mla_variants(),
-        COMBINE,
-        APPEND_KV,
-        MERGE_STATE,
-        BWD_PREPROCESS,
-        *bwd_variants(),
-        BWD_POSTPROCESS,
-    )
+    small = (COMBINE, COMBINE_SPLITS, METADATA, APPEND_KV, MERGE_STATE)
+    return (*fwd_variants(), *mla_variants(), *small, BWD_PREPROCESS, *bwd_variants(), BWD_POSTPROCESS)
 
 
 def by_name(name: str) -> Variant | None:

@@ -27,14 +27,16 @@ struct FwdConfig {
     constexpr int threads() const { return 128 * (consumers() + 1); }
     // Of a thread, after setmaxnreg: together what the launch gives, 65536 / threads() to each.
     // With one consumer warpgroup that is the most a thread can have, and there is nothing to move.
+    // Two leave the others 40, unless scores, probabilities and outputs need more.
     constexpr bool moves_registers() const { return consumers() > 1; }
+    constexpr bool threads_copy() const { return kv_source == KvSource::cp_async; }
+    constexpr bool is_wide() const { return block_n / 2 + block_n / 4 + head_dim_v / 2 > 180; }
     constexpr int producer_registers() const {
-        return consumers() == 3 ? 32 : threads_copy() ? 72 : 24;
+        return consumers() == 3 ? 32 : threads_copy() ? 72 : is_wide() ? 24 : 40;
     }
     constexpr int consumer_registers() const {
-        return consumers() == 3 ? 160 : threads_copy() ? 216 : 240;
+        return consumers() == 3 ? 160 : threads_copy() ? 216 : is_wide() ? 240 : 232;
     }
-    constexpr bool threads_copy() const { return kv_source == KvSource::cp_async; }
     constexpr int panels() const { return (head_dim + kPanel - 1) / kPanel; }
     constexpr int panels_v() const { return (head_dim_v + kPanel - 1) / kPanel; }
 };
@@ -79,13 +81,21 @@ struct MlaConfig {
     KvSource kv_source = KvSource::tma;
 
     constexpr int threads() const { return 3 * 128; }  // two consumer warpgroups
-    constexpr int producer_registers() const { return threads_copy() ? 56 : 24; }
-    constexpr int consumer_registers() const { return threads_copy() ? 224 : 240; }
+    constexpr int producer_registers() const { return threads_copy() ? 56 : 40; }
+    constexpr int consumer_registers() const { return threads_copy() ? 224 : 232; }
     constexpr bool threads_copy() const { return kv_source == KvSource::cp_async; }
 };
 
 struct CombineConfig {
     int threads = 128;  // a warp for each row
+};
+
+struct CombineSplitsConfig {
+    int threads = 128;  // a warp for each row
+};
+
+struct MetadataConfig {
+    int threads = 1024;  // of the one CTA
 };
 
 struct AppendConfig {

@@ -3,32 +3,28 @@
 #pragma once
 
 #include "scheduler.cuh"
-#include "seqlen.cuh"
 #include "softmax.cuh"
 
 namespace fa3 {
 
-// A query row of a tile: where its results go.
-struct OutputRow {
-    bool exists;   // in the tensors
-    bool attends;  // or is one of the unused rows, which are written as zeros
-    int head;
-    long long out, lse;
+// Elements from the start of out, and of lse, to a row of a batch entry.
+__device__ inline long long out_offset(const FwdParams& p, int batch, int row, int head) {
+    return batch * p.out_batch_stride + row * p.out_row_stride + head * p.out_head_stride;
+}
 
-    // Positions of the tile start at `first`, and there are `positions` of them; the tile may have
-    // spare rows behind.
-    __device__ OutputRow(const FwdParams& p, const Sequence& seq, const Tile& tile, int first,
-                         int positions, int row) {
-        const int position = first + row / p.pack, row_of_tensor = seq.first_row + position;
-        head = tile.head * p.pack + row % p.pack;
-        exists = row < positions * p.pack && position < seq.rows_written;
-        attends = position < seq.num_rows;
-        out = tile.split * p.out_split_stride + seq.q_batch * p.out_batch_stride +
-              row_of_tensor * p.out_row_stride + head * p.out_head_stride;
-        lse = tile.split * p.lse_split_stride + seq.q_batch * p.lse_batch_stride +
-              head * p.lse_head_stride + row_of_tensor;
-    }
-};
+__device__ inline long long lse_offset(const FwdParams& p, int batch, int row, int head) {
+    return batch * p.lse_batch_stride + head * p.lse_head_stride + row;
+}
+
+// The row of the parts, each of num_heads heads, that holds a row of a split sequence.
+__device__ inline long long part_row(const FwdParams& p, const Sequence& seq, int batch, int split,
+                                     int position) {
+    const long long row =
+        p.part_rows_of_sequence
+            ? static_cast<long long>(batch) * p.part_rows_of_sequence + position
+            : static_cast<long long>(seq.q_batch) * p.seqlen_q + seq.first_row + position;
+    return split * p.part_rows + row;
+}
 
 template <class Params>
 __device__ float load_sink(const Params& p, int head) {
@@ -98,56 +94,48 @@ __device__ void store_row(void* tensor, Dtype dtype, long long at, bool exists, 
     }
 }
 
-// Zeros for rows [first, last) of packed tensors: rows that no tile writes. One warp.
-__device__ inline void clear_rows(const FwdParams& p, int first, int last, int lane) {
-    const int chunks = p.head_dim_v * (p.out_dtype == Dtype::fp32 ? 4 : 2) / sizeof(uint4);
-    const int element_bytes = p.out_dtype == Dtype::fp32 ? 4 : 2;
-    for (int split = 0; split < p.num_splits; ++split) {
-        for (int row = first; row < last; ++row) {
-            for (int head = 0; head < p.num_heads; ++head) {
-                const long long element =
-                    split * p.out_split_stride + row * p.out_row_stride + head * p.out_head_stride;
-                uint4* out =
-                    reinterpret_cast<uint4*>(static_cast<char*>(p.out) + element * element_bytes);
-                for (int i = lane; i < chunks; i += 32) out[i] = {};
-                if (lane == 0)
-                    p.lse[split * p.lse_split_stride + head * p.lse_head_stride + row] = -kInfinity;
-            }
-        }
-    }
+// out = 0 and lse = -inf for a row, by thread `lane` of `lanes`.
+__device__ inline void clear_row(const FwdParams& p, int batch, int row, int head, int lane,
+                                 int lanes) {
+    const int bytes = p.out_dtype == Dtype::fp32 ? 4 : 2;
+    uint4* out = reinterpret_cast<uint4*>(static_cast<char*>(p.out) +
+                                          out_offset(p, batch, row, head) * bytes);
+    for (int i = lane; i < p.head_dim_v * bytes / sizeof(uint4); i += lanes) out[i] = {};
+    if (lane == 0) p.lse[lse_offset(p, batch, row, head)] = -kInfinity;
 }
 
-// Rows of packed tensors that belong to no sequence, or lie behind the tiles of a sequence that is
-// longer than the caller said. Warp `warp` of `num_warps` in the grid.
-__device__ inline void clear_uncovered_rows(const FwdParams& p, int positions, int warp,
-                                            int num_warps, int lane) {
+// Rows of packed tensors that belong to no sequence. Warp `warp` of `num_warps` in the grid.
+__device__ inline void clear_uncovered_rows(const FwdParams& p, int warp, int num_warps, int lane) {
     if (!p.cu_seqlens_q) return;
     const auto share = [&](int first, int last) {
-        for (int row = first + warp; row < last; row += num_warps)
-            clear_rows(p, row, row + 1, lane);
+        for (int row = first + warp; row < last; row += num_warps) {
+            for (int head = 0; head < p.num_heads; ++head) clear_row(p, 0, row, head, lane, 32);
+        }
     };
     const int begin = min(max(p.cu_seqlens_q[0], 0), p.seqlen_q);
     share(0, begin);
     share(max(min(p.cu_seqlens_q[p.batch], p.seqlen_q), begin), p.seqlen_q);
-    for (int n = warp; n < p.batch; n += num_warps) {
-        const Sequence seq(p, n);
-        clear_rows(p, seq.first_row + min(p.num_m_blocks * positions, seq.rows_written),
-                   seq.first_row + seq.rows_written, lane);
-    }
 }
 
 // This thread's quad holds rows `row` and `row` + 8 of the tile, columns from first_column on: who
 // holds column 0 writes lse and max_logits.
 template <Dtype T, int R>
-__device__ void finish_tile(const FwdParams& p, const Sequence& seq, const Tile& tile, int first,
-                            int positions, int row, int lane, const Softmax& softmax,
-                            float (&acc)[R], int first_column = 0) {
+__device__ void finish_tile(const FwdParams& p, const Work& work, int row, int lane,
+                            const Softmax& softmax, float (&acc)[R], int first_column = 0) {
+    const Sequence& seq = work.seq;
+    const Tile& tile = work.tile;
+    const bool is_part = work.splits.count > 1;
+    if (tile.split >= work.splits.count) return;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-        const OutputRow to(p, seq, tile, first, positions, row + 8 * h);
-        const float sink = p.sink && tile.split == 0 ? load_sink(p, to.head) : -kInfinity;
+        const int row_of_tile = row + 8 * h, position = work.position + row_of_tile / p.pack;
+        const int head = tile.head * p.pack + row_of_tile % p.pack;
+        bool exists =  // else the row is a spare one of the tile
+            row_of_tile < work.positions * p.pack && position < seq.rows_written;
+        const bool attends = position < seq.num_rows;  // else it is written as zeros
+        const float sink = p.sink && tile.split == 0 ? load_sink(p, head) : -kInfinity;
         const Softmax::Final end = softmax.finish(h, sink);
-        const bool zero = !to.attends || end.factor == 0.f;  // by selection: 0 times NaN is no zero
+        const bool zero = !attends || end.factor == 0.f;  // by selection: 0 times NaN is no zero
 #pragma unroll
         for (int i = 0; i < R / 4; ++i) {
             for (int e = 0; e < 2; ++e) {
@@ -155,12 +143,24 @@ __device__ void finish_tile(const FwdParams& p, const Sequence& seq, const Tile&
                 x = zero ? 0.f : x * end.factor;
             }
         }
-        store_row<T>(p.out, p.out_dtype, to.out + first_column, to.exists,
-                     p.head_dim_v - first_column, acc, h, lane);
-        if (lane % 4 == 0 && to.exists && first_column == 0) {
-            p.lse[to.lse] = to.attends ? end.lse : -kInfinity;
-            if (p.max_logits && to.attends)
-                atomic_max(p.max_logits + tile.batch * p.num_heads + to.head, end.max_logit);
+        const int tensor_row = seq.first_row + position;
+        float* lse = p.lse + lse_offset(p, seq.q_batch, tensor_row, head);
+        long long at = out_offset(p, seq.q_batch, tensor_row, head);
+        if (is_part) {
+            if (exists && !attends && tile.split == 0 && first_column == 0)
+                clear_row(p, seq.q_batch, tensor_row, head, lane % 4, 4);
+            const long long row =
+                part_row(p, seq, tile.batch, tile.split, position) * p.num_heads + head;
+            lse = p.lse_parts + row;
+            at = row * p.head_dim_v;
+            exists &= attends;
+        }
+        store_row<T>(is_part ? p.out_parts : p.out, is_part ? Dtype::fp32 : p.out_dtype,
+                     at + first_column, exists, p.head_dim_v - first_column, acc, h, lane);
+        if (lane % 4 == 0 && exists && first_column == 0) {
+            *lse = attends ? end.lse : -kInfinity;
+            if (p.max_logits && attends)
+                atomic_max(p.max_logits + tile.batch * p.num_heads + head, end.max_logit);
         }
     }
 }

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // The forward: out = softmax(scale Q K^T) V, a tile of query rows at a time.
 //
-// Warp 0 is the producer, which loads by the copy engine. Warps 1 to 3 are guards, which look for
-// values that a mask must hide. With cp.async warps 0 to 3 are both. The other warpgroups are
-// consumers, 64 query rows each.
+// Warp 0 is the producer, which loads by the copy engine. Warp 1 hands out tiles. Warps 2 and 3 are
+// guards, which look for values that a mask must hide. With cp.async warps 0 to 3 are all of that.
+// The other warpgroups are consumers, 64 query rows each.
 // README.md draws the schedule.
 #pragma once
 
@@ -15,12 +15,12 @@
 #include "ring.cuh"
 #include "scheduler.cuh"
 #include "seqlen.cuh"
+#include "sm90/grid.cuh"
 #include "sm90/mbarrier.cuh"
 #include "sm90/regs.cuh"
 #include "sm90/tma.cuh"
 #include "sm90/wgmma.cuh"
 #include "softmax.cuh"
-#include "work.cuh"
 
 namespace fa3 {
 
@@ -56,7 +56,7 @@ struct Fwd {
     static constexpr int kM = C.block_m, kN = C.block_n, kStages = C.stages;
     static constexpr int kConsumers = C.consumers(), kConsumerWarps = 4 * kConsumers;
     static constexpr bool kThreadsCopy = C.threads_copy();
-    static constexpr int kGuards = kThreadsCopy ? 4 : 3;
+    static constexpr int kGuards = kThreadsCopy ? 4 : 2;
     static constexpr int kPanels = C.panels(), kPanelsV = C.panels_v();
     static constexpr bool kMovesRegisters = C.moves_registers();
     static constexpr int kProducerRegisters = C.producer_registers();
@@ -80,7 +80,7 @@ struct Fwd {
         alignas(1024) Element k[kStages][kPanels][kN][kPanel];
         alignas(1024) Element v[kStages][kPanelsV][kN][kPanel];
         Places places;
-        NextTile next;
+        Schedule schedule;
         Barrier q_full, q_empty;
         Barrier k_full[kStages], k_empty[kStages];
         Barrier v_full[kStages], v_empty[kStages];
@@ -93,11 +93,16 @@ struct Fwd {
         Smem& s = *reinterpret_cast<Smem*>(memory);
         const int warp = sm90::uniform(threadIdx.x / 32);
         if (warp == 0 && sm90::elect()) {
-            sm90::init(s.next.full, 1);
-            sm90::init(s.next.empty, kConsumerWarps + 3);
+            sm90::prefetch(p.q_map);
+            for (int i = 0; i < kAnnouncements; ++i) {
+                sm90::init(s.schedule.full[i], 1);
+                sm90::init(s.schedule.empty[i], kGuards + (kThreadsCopy ? 0 : 1) + kConsumerWarps);
+            }
             sm90::init(s.q_full, 1);
             sm90::init(s.q_empty, kConsumerWarps);
             if constexpr (!kThreadsCopy) {
+                sm90::prefetch(p.k.map);
+                sm90::prefetch(p.v.map);
                 for (sm90::Mbarrier& found : s.places.found) sm90::init(found, 1);
             }
             for (int i = 0; i < kStages; ++i) {
@@ -117,14 +122,17 @@ struct Fwd {
         }
         sm90::fence_async_proxy();
         __syncthreads();
+        sm90::await_previous_kernels();  // nothing in global memory is touched before
         if (warp < 4) {
             if constexpr (kMovesRegisters) sm90::give_registers<kProducerRegisters>();
             if constexpr (kThreadsCopy) {
                 produce_rows(p, s, warp);
-            } else if (warp > 0) {
-                guard(p, s, warp - 1);
-            } else if (sm90::elect()) {
-                produce(p, s);
+            } else if (warp == 0) {
+                if (sm90::elect()) produce(p, s);
+            } else if (warp == 1) {
+                TileScheduler<kN>{p, s.schedule}.announce_all(kM / p.pack);
+            } else {
+                guard(p, s, warp - 2);
             }
         } else {
             if constexpr (kMovesRegisters) sm90::take_registers<kConsumerRegisters>();
@@ -134,17 +142,14 @@ struct Fwd {
 
     // By one thread.
     static __device__ void produce(const FwdParams& p, Smem& s) {
-        unsigned q_phase = 0;
+        using Tiles = WorkSource<1>;
         Ring<kStages> k, v;
         Ring<Places::kSlots> places_k, places_v;
-        for (TileSource tiles; tiles.any(p);) {
-            const Work<kM, kN> work(p, tiles.index);
-            const KeyBlocks& blocks = work.blocks;
-            const int drawn = tiles.draw(p);
-            if (blocks.empty()) {
-                tiles.publish(p, s.next, drawn);
-                continue;
-            }
+        for (const Work* at = Tiles::first(s.schedule); at->exists();
+             at = Tiles::next(s.schedule, *at, true)) {
+            const Work& work = *at;
+            const KeyBlocks blocks = work.blocks;
+            if (blocks.empty()) continue;
             const int head_kv = work.tile.head * p.pack / (p.num_heads / p.num_heads_kv);
             const auto load_k = [&](int n) {
                 if (p.page_table) sm90::wait(s.places.found[places_k.stage], places_k.phase);
@@ -166,20 +171,17 @@ struct Fwd {
             // K first, since the consumers let go of Q last; V lags one block behind K, as they
             // need it.
             load_k(blocks.hi - 1);
-            load_q(p, s, work, q_phase);
+            load_q(p, s, work);
             for (int n = blocks.hi - 2; n >= blocks.lo; --n) {
                 load_k(n);
                 load_v(n + 1);
             }
             load_v(blocks.lo);
-            tiles.publish(p, s.next, drawn);
         }
     }
 
-    static __device__ void load_q(const FwdParams& p, Smem& s, const Work<kM, kN>& work,
-                                  unsigned& phase) {
-        sm90::wait(s.q_empty, phase ^ 1);
-        phase ^= 1;
+    static __device__ void load_q(const FwdParams& p, Smem& s, const Work& work) {
+        sm90::wait(s.q_empty, work.loads & 1 ^ 1);
         sm90::arrive_expect(s.q_full, kPanels * work.positions * p.pack * kRowBytes);
         for (int i = 0; i < kPanels; ++i) {
             sm90::load(p.q_map, s.q_full, sm90::CacheHint::EVICT_FIRST, s.q[i], i * kPanel, 0,
@@ -191,10 +193,12 @@ struct Fwd {
     // there V must be finite, or the consumers must know that it is not.
     static __device__ void guard(const FwdParams& p, Smem& s, int guard) {
         clear_uncovered(p, guard);
+        using Tiles = WorkSource<32>;
         Ring<kStages> v, inspected;
         Ring<Places::kSlots> slot;
-        for (TileSource tiles; tiles.any(p); tiles.advance(p, s.next)) {
-            const Work<kM, kN> work(p, tiles.index);
+        for (const Work* at = Tiles::first(s.schedule); at->exists();
+             at = Tiles::next(s.schedule, *at, threadIdx.x % 32 == 0)) {
+            const Work& work = *at;
             const KeyBlocks& blocks = work.blocks;
             const auto find = [&](int n) {
                 if (p.page_table && guard == 0 && n >= blocks.lo)
@@ -216,14 +220,20 @@ struct Fwd {
 
     // Producer and guards in one: four warps copy, and look at V one block behind its load.
     static __device__ void produce_rows(const FwdParams& p, Smem& s, int warp) {
-        const bool leader = warp == 0 && sm90::elect();  // draws tiles, loads Q
-        unsigned q_phase = 0;
+        using Tiles = WorkSource<32>;
+        const bool leader = warp == 0 && sm90::elect();  // loads Q
         Ring<kStages> k, v, looked_at, inspected;
+        const TileScheduler<kN> scheduler{p, s.schedule};  // of warp 0
+        if (warp == 0) {
+            scheduler.begin(kM / p.pack);
+            scheduler.announce();
+        }
         clear_uncovered(p, warp);
-        for (TileSource tiles; tiles.any(p);) {
-            const Work<kM, kN> work(p, tiles.index);
+        for (const Work* at = Tiles::first(s.schedule); at->exists();
+             at = Tiles::next(s.schedule, *at, threadIdx.x % 32 == 0)) {
+            if (warp == 0) scheduler.announce();
+            const Work& work = *at;
             const KeyBlocks& blocks = work.blocks;
-            const int drawn = leader ? tiles.draw(p) : 0;
             const auto look_at = [&](int n) {
                 if (n >= blocks.hi) return;
                 if (blocks.cut(n)) {
@@ -243,7 +253,7 @@ struct Fwd {
                         k.advance();
                     }
                     if (n == blocks.hi - 1) {
-                        if (leader) load_q(p, s, work, q_phase);
+                        if (leader) load_q(p, s, work);
                         continue;
                     }
                     sm90::wait(s.v_empty[v.stage], v.phase ^ 1);
@@ -253,18 +263,12 @@ struct Fwd {
                 }
                 look_at(blocks.lo);
             }
-            if (warp == 0) {
-                if (leader) tiles.publish(p, s.next, drawn);
-                tiles.index = sm90::broadcast(tiles.index, leader);
-            } else {
-                tiles.advance(p, s.next);
-            }
         }
         note_clamped(p, warp);
     }
 
     static __device__ void clear_uncovered(const FwdParams& p, int guard) {
-        clear_uncovered_rows(p, kM / p.pack, blockIdx.x * kGuards + guard, gridDim.x * kGuards,
+        clear_uncovered_rows(p, blockIdx.x * kGuards + guard, gridDim.x * kGuards,
                              threadIdx.x % 32);
     }
 
@@ -275,7 +279,7 @@ struct Fwd {
     }
 
     // Of V[n], which is there.
-    static __device__ void inspect(Smem& s, const Work<kM, kN>& work, int n, const Ring<kStages>& v,
+    static __device__ void inspect(Smem& s, const Work& work, int n, const Ring<kStages>& v,
                                    Ring<kStages>& inspected, int guard) {
         const int lane = threadIdx.x % 32;
         const bool found = inspect_values<C.dtype>(s.v[v.stage], work.seq.num_keys - n * kN,
@@ -293,15 +297,15 @@ struct Fwd {
     static __device__ void consume(const FwdParams& p, Smem& s, int warpgroup) {
         const int thread = threadIdx.x % 128, lane = thread % 32;
         const Turns<C.ping_pong ? kConsumers : 1> turns(warpgroup);
-        const bool leader = lane == 0;  // arrives for its warp
         const uint64_t q_tile =
             sm90::descriptor(s.q[0][warpgroup * kWarpgroupRows], kRowGroupBytes, 0);
         const uint64_t k_tiles = sm90::descriptor(s.k, kRowGroupBytes, 0);
         const uint64_t v_tiles = sm90::descriptor(s.v, kRowGroupBytes, sizeof(s.v[0][0]));
-        unsigned q_phase = 0;
+        using Tiles = WorkSource<32>;
         Ring<kStages> k, v, inspected;
-        for (TileSource tiles; tiles.any(p);) {
-            const Work<kM, kN> work(p, tiles.index);
+        for (const Work* at = Tiles::first(s.schedule); at->exists();
+             at = Tiles::next(s.schedule, *at, lane == 0)) {
+            const Work& work = *at;
             const KeyBlocks& blocks = work.blocks;
             const int row =
                 warpgroup * kWarpgroupRows + thread / 32 * 16 + lane / 4;  // and row + 8
@@ -310,8 +314,11 @@ struct Fwd {
             Softmax softmax{p.scale_log2};
             if (!blocks.empty()) {
                 KeyRange visible[2];
-                for (int h = 0; h < 2; ++h)
-                    visible[h] = visible_keys(p, work.seq, work.position + (row + 8 * h) / p.pack);
+                const auto see = [&] {
+                    for (int h = 0; h < 2; ++h)
+                        visible[h] =
+                            visible_keys(p, work.seq, work.position + (row + 8 * h) / p.pack);
+                };
                 const auto mask = [&](int n) { hide(acc_s, visible, n * kN + 2 * (lane % 4)); };
                 const auto no_mask = [](int) {};
 
@@ -340,11 +347,11 @@ struct Fwd {
                     sm90::mma_commit();
                 };
                 const auto release_k = [&] {
-                    if (leader) sm90::arrive(s.k_empty[k.stage]);
+                    if (sm90::elect()) sm90::arrive(s.k_empty[k.stage]);
                     k.advance();
                 };
                 const auto release_v = [&] {
-                    if (leader) sm90::arrive(s.v_empty[v.stage]);
+                    if (sm90::elect()) sm90::arrive(s.v_empty[v.stage]);
                     v.advance();
                 };
                 const auto update_softmax = [&](int n, auto&& hide_keys) {
@@ -398,7 +405,7 @@ struct Fwd {
                         }
                         add_non_finite<C.dtype>(s.v[v.stage], acc_o, visible, n * kN, lane);
                         sm90::sync_named(kIsolation, 128 * kConsumers);  // all have read
-                        clear_non_finite<C.dtype>(s.v[v.stage], threadIdx.x - 128,
+                        clear_non_finite<C.dtype>(s.v[v.stage], warpgroup * 128 + thread,
                                                   128 * kConsumers);
                         sm90::fence_async_proxy();
                         sm90::sync_named(kIsolation, 128 * kConsumers);  // all is clear
@@ -406,8 +413,8 @@ struct Fwd {
                     inspected.advance();
                 };
 
-                sm90::wait(s.q_full, q_phase);
-                q_phase ^= 1;
+                see();
+                sm90::wait(s.q_full, work.loads & 1);
                 await_k();
                 issue_qk();
                 sm90::mma_wait<0>();
@@ -417,18 +424,20 @@ struct Fwd {
                 pack_probabilities();
                 if (blocks.cut(blocks.hi - 1)) isolate(blocks.hi - 1);
                 // Blocks that the right end of a mask cuts, whole ones, blocks that the left end
-                // cuts.
-                for (int n = blocks.hi - 2, whole = blocks.full_hi; n >= blocks.lo;
-                     whole = blocks.lo) {
+                // cuts. What a row sees is found twice: kept through the whole blocks, it would
+                // cost registers there.
+                for (int n = blocks.hi - 2, end = blocks.full_hi; n >= blocks.lo; end = blocks.lo) {
+                    if (end == blocks.lo) see();
 #pragma unroll 1
-                    for (; n >= max(whole, blocks.lo); --n) {
+                    for (; n >= end; --n) {
                         step(n, mask);
                         isolate(n);
                     }
+                    end = blocks.full_lo;
 #pragma unroll 1
-                    for (; n >= blocks.full_lo; --n) step(n, no_mask);
+                    for (; n >= end; --n) step(n, no_mask);
                 }
-                if (leader) sm90::arrive(s.q_empty);
+                if (sm90::elect()) sm90::arrive(s.q_empty);
                 if constexpr (kLateRescale) rescale(acc_o, softmax.alpha);
                 await_v();
                 issue_pv();
@@ -436,9 +445,7 @@ struct Fwd {
                 sm90::pin(acc_o);
                 release_v();
             }
-            tiles.advance(p, s.next);
-            finish_tile<C.dtype>(p, work.seq, work.tile, work.position, work.positions, row, lane,
-                                 softmax, acc_o);
+            finish_tile<C.dtype>(p, work, row, lane, softmax, acc_o);
         }
         turns.end();
     }

@@ -2,7 +2,7 @@
 // Which keys a query row sees: an interval, whatever the mask.
 #pragma once
 
-#include "scheduler.cuh"
+#include "params.h"
 #include "seqlen.cuh"
 #include "sm90/math.cuh"
 
@@ -55,6 +55,22 @@ __device__ inline KeyRange visible_rows(const BwdParams& p, const Sequence& seq,
     return {max(lo - shift, 0), last + 1 - shift};
 }
 
+// The blocks of keys that a sequence sees, and how they are shared out. What counts is the sequence
+// alone: bounds move neither with the tile of queries nor with what else is in the batch.
+struct Splits {
+    int lo, size, count;  // blocks [lo + i size, lo + (i + 1) size) to split i of `count`
+
+    __device__ Splits(const FwdParams& p, const Sequence& seq, int block_n)
+        : lo(0), size(kUnbounded), count(1) {
+        if (p.num_splits == 1 || seq.num_rows == 0 || seq.num_rows > p.split_rows) return;
+        lo = visible_keys(p, seq, 0).lo / block_n;
+        const int hi = ceil_div(visible_keys(p, seq, seq.num_rows - 1).hi, block_n);
+        const int blocks = max(hi - lo, 0);
+        size = max(p.split_blocks, ceil_div(blocks, p.num_splits));
+        count = max(ceil_div(blocks, size), 1);
+    }
+};
+
 // Blocks [lo, hi) of keys hold what a tile sees; in [full_lo, full_hi) every row sees every key.
 struct KeyBlocks {
     int lo, full_lo, full_hi, hi;
@@ -63,22 +79,15 @@ struct KeyBlocks {
     __device__ bool cut(int n) const { return n < full_lo || n >= full_hi; }  // by a mask
 };
 
+// Of split `split`, for queries that see `of_first` to `of_last`.
 template <int kBlock>
-__device__ KeyBlocks key_blocks(const FwdParams& p, const Sequence& seq, const Tile& tile,
-                                int position, int positions) {
-    const int last = min(position + positions, seq.num_rows) - 1;
-    if (last < position) return {};
-    const KeyRange of_first = visible_keys(p, seq, position), of_last = visible_keys(p, seq, last);
+__device__ KeyBlocks key_blocks(const KeyRange& of_first, const KeyRange& of_last,
+                                const Splits& splits, int split) {
     KeyBlocks blocks{of_first.lo / kBlock, ceil_div(of_last.lo, kBlock), of_first.hi / kBlock,
                      ceil_div(of_last.hi, kBlock)};
-    if (p.num_splits > 1) {
-        // What the sequence sees is split, not what the tile sees: the bounds do not move with the
-        // tile.
-        const int lo = visible_keys(p, seq, 0).lo / kBlock;
-        const int size = ceil_div(ceil_div(visible_keys(p, seq, seq.num_rows - 1).hi, kBlock) - lo,
-                                  p.num_splits);
-        blocks.lo = max(blocks.lo, lo + tile.split * size);
-        blocks.hi = min(blocks.hi, lo + (tile.split + 1) * size);
+    if (splits.count > 1) {
+        blocks.lo = max(blocks.lo, splits.lo + split * splits.size);
+        blocks.hi = min(blocks.hi, splits.lo + (split + 1) * splits.size);
     }
     blocks.full_hi = max(min(blocks.full_hi, blocks.hi), blocks.lo);
     blocks.full_lo = min(max(blocks.full_lo, blocks.lo), blocks.full_hi);

@@ -13,12 +13,13 @@
 #include "kv_source.cuh"
 #include "mask.cuh"
 #include "ring.cuh"
+#include "scheduler.cuh"
+#include "sm90/grid.cuh"
 #include "sm90/mbarrier.cuh"
 #include "sm90/regs.cuh"
 #include "sm90/tma.cuh"
 #include "sm90/wgmma.cuh"
 #include "softmax.cuh"
-#include "work.cuh"
 
 namespace fa3 {
 
@@ -29,7 +30,7 @@ struct Mla {
     static constexpr bool kThreadsCopy = C.threads_copy();
     static constexpr int kProducerRegisters = C.producer_registers();
     static constexpr int kConsumerRegisters = C.consumer_registers();
-    static constexpr int kGuards = kThreadsCopy ? 4 : 3;
+    static constexpr int kGuards = kThreadsCopy ? 4 : 2;
     static constexpr int kPanels = C.head_dim / kPanel, kPanelsV = C.head_dim_v / kPanel;
     static constexpr int kColumns = C.head_dim_v / 2;  // of V, of a consumer warpgroup
     static constexpr int kHalfPanels = kPanelsV / 2;
@@ -63,7 +64,7 @@ struct Mla {
         };
         float alpha[kM];  // what the second warpgroup multiplies its sums by
         Places places;
-        NextTile next;
+        Schedule schedule;
         Barrier q_full, q_empty;
         Barrier kv_full[kStages], kv_empty[kStages];
         Barrier p_full, p_empty;              // probabilities and alpha, or the state
@@ -76,8 +77,10 @@ struct Mla {
         Smem& s = *reinterpret_cast<Smem*>(memory);
         const int warp = sm90::uniform(threadIdx.x / 32);
         if (warp == 0 && sm90::elect()) {
-            sm90::init(s.next.full, 1);
-            sm90::init(s.next.empty, kConsumerWarps + 3);
+            for (int i = 0; i < kAnnouncements; ++i) {
+                sm90::init(s.schedule.full[i], 1);
+                sm90::init(s.schedule.empty[i], kGuards + (kThreadsCopy ? 0 : 1) + kConsumerWarps);
+            }
             sm90::init(s.q_full, 1);
             sm90::init(s.q_empty, 4);
             sm90::init(s.p_full, 4);
@@ -101,14 +104,17 @@ struct Mla {
         }
         sm90::fence_async_proxy();
         __syncthreads();
+        sm90::await_previous_kernels();  // nothing in global memory is touched before
         if (warp < 4) {
             sm90::give_registers<kProducerRegisters>();
             if constexpr (kThreadsCopy) {
                 produce_rows(p, s, warp);
-            } else if (warp > 0) {
-                guard(p, s, warp - 1);
-            } else if (sm90::elect()) {
-                produce(p, s);
+            } else if (warp == 0) {
+                if (sm90::elect()) produce(p, s);
+            } else if (warp == 1) {
+                TileScheduler<kN>{p, s.schedule}.announce_all(kM / p.pack);
+            } else {
+                guard(p, s, warp - 2);
             }
         } else {
             sm90::take_registers<kConsumerRegisters>();
@@ -122,14 +128,14 @@ struct Mla {
 
     // By one thread.
     static __device__ void produce(const FwdParams& p, Smem& s) {
-        unsigned q_phase = 0;
+        using Tiles = WorkSource<1>;
         Ring<kStages> kv;
         Ring<Places::kSlots> places;
-        for (TileSource tiles; tiles.any(p);) {
-            const Work<kM, kN> work(p, tiles.index);
-            const KeyBlocks& blocks = work.blocks;
-            const int drawn = tiles.draw(p);
-            if (!blocks.empty()) load_q(p, s, work, q_phase);
+        for (const Work* at = Tiles::first(s.schedule); at->exists();
+             at = Tiles::next(s.schedule, *at, true)) {
+            const Work& work = *at;
+            const KeyBlocks blocks = work.blocks;
+            if (!blocks.empty()) load_q(p, s, work);
             const int head_kv = work.tile.head * p.pack / (p.num_heads / p.num_heads_kv);
             const auto load = [&](const KeyTensor& x, int n, auto& to) {
                 sm90::arrive_expect(s.kv_full[kv.stage], sizeof(to));
@@ -144,14 +150,11 @@ struct Mla {
                 kv.advance();
                 places.advance();
             }
-            tiles.publish(p, s.next, drawn);
         }
     }
 
-    static __device__ void load_q(const FwdParams& p, Smem& s, const Work<kM, kN>& work,
-                                  unsigned& phase) {
-        sm90::wait(s.q_empty, phase ^ 1);
-        phase ^= 1;
+    static __device__ void load_q(const FwdParams& p, Smem& s, const Work& work) {
+        sm90::wait(s.q_empty, work.loads & 1 ^ 1);
         const int panels = (p.has_q ? kPanels : 0) + (p.has_qv ? kPanelsV : 0);
         sm90::arrive_expect(s.q_full, panels * work.positions * p.pack * kRowBytes);
         const auto load = [&](const CUtensorMap& map, auto& to, int panel) {
@@ -164,10 +167,12 @@ struct Mla {
 
     static __device__ void guard(const FwdParams& p, Smem& s, int guard) {
         clear_uncovered(p, guard);
+        using Tiles = WorkSource<32>;
         Ring<kStages> kv, inspected;
         Ring<Places::kSlots> slot;
-        for (TileSource tiles; tiles.any(p); tiles.advance(p, s.next)) {
-            const Work<kM, kN> work(p, tiles.index);
+        for (const Work* at = Tiles::first(s.schedule); at->exists();
+             at = Tiles::next(s.schedule, *at, threadIdx.x % 32 == 0)) {
+            const Work& work = *at;
             const KeyBlocks& blocks = work.blocks;
             const auto find = [&](int n) {
                 if (p.page_table && guard == 0 && n >= blocks.lo)
@@ -189,14 +194,20 @@ struct Mla {
 
     // Producer and guards in one: four warps copy, and look at V before they load the next block.
     static __device__ void produce_rows(const FwdParams& p, Smem& s, int warp) {
-        const bool leader = warp == 0 && sm90::elect();  // draws tiles, loads Q
-        unsigned q_phase = 0;
+        using Tiles = WorkSource<32>;
+        const bool leader = warp == 0 && sm90::elect();  // loads Q
         Ring<kStages> kv, looked_at, inspected;
+        const TileScheduler<kN> scheduler{p, s.schedule};  // of warp 0
+        if (warp == 0) {
+            scheduler.begin(kM / p.pack);
+            scheduler.announce();
+        }
         clear_uncovered(p, warp);
-        for (TileSource tiles; tiles.any(p);) {
-            const Work<kM, kN> work(p, tiles.index);
+        for (const Work* at = Tiles::first(s.schedule); at->exists();
+             at = Tiles::next(s.schedule, *at, threadIdx.x % 32 == 0)) {
+            if (warp == 0) scheduler.announce();
+            const Work& work = *at;
             const KeyBlocks& blocks = work.blocks;
-            const int drawn = leader ? tiles.draw(p) : 0;
             const auto look_at = [&](int n) {
                 if (n >= blocks.hi) return;
                 if (blocks.cut(n)) {
@@ -208,7 +219,7 @@ struct Mla {
             if (!blocks.empty()) {
                 const int head_kv = work.tile.head * p.pack / (p.num_heads / p.num_heads_kv);
                 RowLoader<kN> loader(p, s.places, work.seq, head_kv, warp, blocks);
-                if (leader) load_q(p, s, work, q_phase);
+                if (leader) load_q(p, s, work);
                 for (int n = blocks.hi - 1; n >= blocks.lo; --n) {
                     loader.advance(n);
                     look_at(n + 1);  // its scores are issued before the stage of block n is free
@@ -220,18 +231,12 @@ struct Mla {
                 }
                 look_at(blocks.lo);
             }
-            if (warp == 0) {
-                if (leader) tiles.publish(p, s.next, drawn);
-                tiles.index = sm90::broadcast(tiles.index, leader);
-            } else {
-                tiles.advance(p, s.next);
-            }
         }
         note_clamped(p, warp);
     }
 
     static __device__ void clear_uncovered(const FwdParams& p, int guard) {
-        clear_uncovered_rows(p, kM / p.pack, blockIdx.x * kGuards + guard, gridDim.x * kGuards,
+        clear_uncovered_rows(p, blockIdx.x * kGuards + guard, gridDim.x * kGuards,
                              threadIdx.x % 32);
     }
 
@@ -242,8 +247,8 @@ struct Mla {
     }
 
     // Of V[n], which is there. As in fwd.cuh; but here scores wait for it, since V is a key too.
-    static __device__ void inspect(Smem& s, const Work<kM, kN>& work, int n,
-                                   const Ring<kStages>& kv, Ring<kStages>& inspected, int guard) {
+    static __device__ void inspect(Smem& s, const Work& work, int n, const Ring<kStages>& kv,
+                                   Ring<kStages>& inspected, int guard) {
         const int lane = threadIdx.x % 32;
         const bool found = inspect_values<C.dtype>(s.v[kv.stage], work.seq.num_keys - n * kN,
                                                    guard * 32 + lane, kGuards * 32);
@@ -326,12 +331,13 @@ struct Mla {
         const uint64_t qv_tile = sm90::descriptor(s.qv, kRowGroupBytes, 0);
         const uint64_t k_tiles = sm90::descriptor(s.k, kRowGroupBytes, 0);
         const uint64_t v_tiles = sm90::descriptor(s.v, kRowGroupBytes, 0);
-        unsigned q_phase = 0;
         Ring<1> handed;      // probabilities, to the other consumer
         Ring<kStages> keys;  // of the scores, a block ahead of `values`
         Values values(s, 0);
-        for (TileSource tiles; tiles.any(p);) {
-            const Work<kM, kN> work(p, tiles.index);
+        using Tiles = WorkSource<32>;
+        for (const Work* at = Tiles::first(s.schedule); at->exists();
+             at = Tiles::next(s.schedule, *at, lane == 0)) {
+            const Work& work = *at;
             const KeyBlocks& blocks = work.blocks;
             float acc_s[kN / 2], acc_o[kColumns / 2] = {};
             uint32_t probabilities[kN / 4];  // acc_s as the A operand of the second product
@@ -384,8 +390,7 @@ struct Mla {
                     if (leader) sm90::arrive(s.p_full);
                     handed.advance();
                 };
-                sm90::wait(s.q_full, q_phase);
-                q_phase ^= 1;
+                sm90::wait(s.q_full, work.loads & 1);
                 issue_scores(blocks.hi - 1);
                 sm90::mma_wait<0>();
                 sm90::pin(acc_s);
@@ -419,9 +424,7 @@ struct Mla {
                     }
                 });
             }
-            tiles.advance(p, s.next);
-            finish_tile<C.dtype>(p, work.seq, work.tile, work.position, work.positions, row, lane,
-                                 softmax, acc_o);
+            finish_tile<C.dtype>(p, work, row, lane, softmax, acc_o);
         }
     }
 
@@ -443,8 +446,10 @@ struct Mla {
         const uint64_t p_tile = sm90::descriptor(s.probabilities, kRowGroupBytes, 0);
         Ring<1> handed;
         Values values(s, 1);
-        for (TileSource tiles; tiles.any(p);) {
-            const Work<kM, kN> work(p, tiles.index);
+        using Tiles = WorkSource<32>;
+        for (const Work* at = Tiles::first(s.schedule); at->exists();
+             at = Tiles::next(s.schedule, *at, lane == 0)) {
+            const Work& work = *at;
             const KeyBlocks& blocks = work.blocks;
             float acc_o[kColumns / 2] = {};
             Softmax softmax{p.scale_log2};
@@ -485,9 +490,7 @@ struct Mla {
                 }
                 release();
             }
-            tiles.advance(p, s.next);
-            finish_tile<C.dtype>(p, work.seq, work.tile, work.position, work.positions, row, lane,
-                                 softmax, acc_o, kColumns);
+            finish_tile<C.dtype>(p, work, row, lane, softmax, acc_o, kColumns);
         }
     }
 };

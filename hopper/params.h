@@ -26,7 +26,8 @@ enum class Argument : int {
     page_table,
     kv_batch_idx,
     rotary_seqlens,
-    cp_tot_seqused_k
+    cp_tot_seqused_k,
+    scheduler_metadata
 };
 
 constexpr int kPanel = 64;        // columns of a box of a tensor map: 128 bytes, the swizzle
@@ -42,12 +43,12 @@ struct KeyTensor {
     long long page_stride, row_stride, head_stride;
 };
 
-// The forward. Absent tensors are null. b sequences, h query heads, h_kv key/value heads.
+// The forward, the metadata in front of it and the merge of splits behind it. Absent tensors are
+// null. b sequences, h query heads, h_kv key/value heads.
 //   rows of sequence n: from cu_seqlens_q[n], else from 0 in batch entry n;
 //       n_q = seqused_q[n], else cu_seqlens_q[n + 1] - cu_seqlens_q[n], else seqlen_q
 //   slots of sequence n: the same of K, in batch entry kv_batch_idx[n], or in the pages that this
-//   row
-//       of page_table lists; behind seqused_k[n] those that the call has appended count too:
+//       row of page_table lists; behind seqused_k[n] those that the call has appended count too:
 //       seqlen_k_new, or the extent in cu_seqlens_k_new
 //   keys of sequence n: its slots after the first leftpad_k[n]
 struct FwdParams {
@@ -57,14 +58,20 @@ struct FwdParams {
     CUtensorMap qv_map;  // the same of Qv, with dv: scores gain Qv V^T; for kernels that take it
     KeyTensor k, v;
 
-    void* out;                   // [splits, b, seqlen_q, h, dv], rows aligned to 16 bytes
-    Dtype out_dtype;             // of Q, or fp32
-    long long out_split_stride;  // in elements, as all strides; that of dv is 1
-    long long out_batch_stride, out_row_stride, out_head_stride;
-
-    float* lse;  // [splits, b, h, seqlen_q], natural logarithm; the stride of seqlen_q is 1
-    long long lse_split_stride, lse_batch_stride, lse_head_stride;
+    void* out;        // [b, seqlen_q, h, dv], rows aligned to 16 bytes
+    Dtype out_dtype;  // of Q, or fp32
+    long long out_batch_stride, out_row_stride, out_head_stride;  // in elements; that of dv is 1
+    float* lse;  // [b, h, seqlen_q], natural logarithm; the stride of seqlen_q is 1
+    long long lse_batch_stride, lse_head_stride;
     float* max_logits;  // [b, h], -inf before the launch
+
+    // Where sequences are split, the parts of their rows, to be merged. A row of part s is at
+    // s * part_rows + n * part_rows_of_sequence + position, or, if the latter is 0, where it is in
+    // out.
+    float* out_parts;  // [num_splits, part_rows, h, dv]
+    float* lse_parts;  // [num_splits, part_rows, h]
+    long long part_rows;
+    int part_rows_of_sequence;
 
     const int* cu_seqlens_q;  // [b + 1]: q, out and lse are packed, a batch entry of seqlen_q rows
     const int* cu_seqlens_k;  // [b + 1]: k and v are packed, a batch entry of seqlen_k rows
@@ -94,10 +101,19 @@ struct FwdParams {
     const void* sink;     // [h] logits, added to the denominator of every row
     Dtype sink_dtype;
 
-    // There are num_m_blocks * (h / pack) * b * num_splits tiles of block_m / pack positions.
-    int num_m_blocks, num_splits;
+    // The keys that a sequence of at most split_rows rows sees are shared out to at most num_splits
+    // tiles, in whole blocks of block_n keys, at least split_blocks of them to each.
+    int num_splits, split_rows, split_blocks, block_n;
+
+    int num_m_blocks;       // tiles of block_m / pack positions that hold seqlen_q
     int heads_per_section;  // of h / pack; their K and V stay in L2 while all m-blocks pass
+    bool ragged;            // some lengths are known to the device alone
     int* tile_counter;  // [2] zeros, left as zeros; null: CTA i takes tiles i, i + gridDim.x, ...
+
+    // A hint: metadata[1 + i] is the sequence that comes at place i, the longest first. Ignored
+    // unless metadata[0] is metadata_key, which is not 0 and stands for the flags of the call.
+    int* metadata;
+    int metadata_key, metadata_size;  // the rest is zeros
 };
 
 // The backward: three kernels with one argument. Rows and keys of a sequence as in the forward.
@@ -157,7 +173,7 @@ struct BwdParams {
     bool last_first;        // the order of key blocks
 };
 
-// Merges the parts of a split: lse = log sum exp(lse_i), out = sum exp(lse_i - lse) out_i.
+// Merges parts, whoever made them: lse = log sum exp(lse_i), out = sum exp(lse_i - lse) out_i.
 struct CombineParams {
     const float* out_partial;  // [splits, b, seqlen, h, d]
     long long out_partial_stride[5];

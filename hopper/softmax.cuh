@@ -23,7 +23,7 @@ struct Softmax {
     const float scale;                            // scores to exponents of 2
     float row_max[2] = {-kInfinity, -kInfinity};  // of the scores as they came
     float row_sum[2] = {};                        // of the exponentials of this thread's scores
-    float alpha[2];  // what the last update multiplied older exponentials by
+    float alpha[2] = {};  // what the last update multiplied older exponentials by
 
     // Scores become 2^(scale (score - row_max)).
     template <int R>
@@ -36,7 +36,9 @@ struct Softmax {
             top = fmaxf(top, __shfl_xor_sync(0xffffffff, top, 1));
             top = fmaxf(top, __shfl_xor_sync(0xffffffff, top, 2));
             const float shift = finite_or_zero(top * scale);
-            alpha[h] = sm90::exp2(sm90::fma(row_max[h], scale, -shift));
+            // Exactly 1 while the maximum stays: a product that is not rounded, as in fma, would
+            // leave a factor near 1 for every block that is multiplied, seen by the row or not.
+            alpha[h] = sm90::exp2(__fmul_rn(row_max[h], scale) - shift);
             row_max[h] = top;
             float sum = row_sum[h] * alpha[h];
 #pragma unroll

@@ -3,13 +3,25 @@
 
 from __future__ import annotations
 
-from ..problem import AttentionProblem
+from torch import Tensor
+
+from ..problem import AttentionProblem, ScheduleProblem
 from .append import append_kv, rotary_q
 from .bwd import bwd
 from .fwd import fwd
 from .merge import combine, merge_state
 
-__all__ = ["append_kv", "bwd", "combine", "fwd", "kernel_name", "merge_state", "rotary_q", "unsupported_reason"]
+__all__ = [
+    "append_kv",
+    "bwd",
+    "combine",
+    "fwd",
+    "kernel_name",
+    "merge_state",
+    "rotary_q",
+    "scheduler_metadata",
+    "unsupported_reason",
+]
 
 
 def unsupported_reason(p: AttentionProblem, needs_grad: bool) -> str | None:
@@ -32,3 +44,8 @@ def unsupported_reason(p: AttentionProblem, needs_grad: bool) -> str | None:
 def kernel_name(p: AttentionProblem) -> str:
     """What computes the forward of `p`, for people."""
     return "torch ops, in blocks"
+
+
+def scheduler_metadata(s: ScheduleProblem, schedule: Tensor) -> None:
+    """All zero, "no schedule": this backend needs none."""
+    schedule.zero_()

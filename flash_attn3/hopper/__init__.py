@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import torch
 
-from .. import variants
+from .. import heuristics, variants
 from ..problem import AttentionProblem
 from . import bwd as backward
 from . import launch
@@ -14,8 +14,19 @@ from .cache import append_kv, rotary_q
 from .combine import combine
 from .fwd import fwd
 from .merge import merge_state
+from .metadata import scheduler_metadata
 
-__all__ = ["append_kv", "bwd", "combine", "fwd", "kernel_name", "merge_state", "rotary_q", "unsupported_reason"]
+__all__ = [
+    "append_kv",
+    "bwd",
+    "combine",
+    "fwd",
+    "kernel_name",
+    "merge_state",
+    "rotary_q",
+    "scheduler_metadata",
+    "unsupported_reason",
+]
 
 MAX_LENGTH = 2**30  # rows or keys of a tensor; kUnbounded in hopper/params.h
 
@@ -31,6 +42,8 @@ def unsupported_reason(p: AttentionProblem, needs_grad: bool) -> str | None:
         return f"has no kernel with {', '.join(names)} yet"
     if reason := variants.unsupported_reason(p):
         return reason
+    if heuristics.too_many_tiles(p):
+        return "counts tiles of queries in 32 bits"
     if needs_grad and (reason := backward.unsupported_reason(p)):
         return reason
     if p.q.is_meta:

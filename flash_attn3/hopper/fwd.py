@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The forward: chooses the kernel and its launch once for all problems of the same metadata, allocates the partial
-results of splits."""
+"""The forward: chooses the kernel and its launch once for all problems of the same metadata, allocates the parts of
+split sequences."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import Tensor
 
 from .. import heuristics, status, variants
 from ..problem import AttentionProblem
-from . import launch
-from .combine import combine, prepare_combine
+from . import launch, metadata
+from .combine import COMBINE_CTAS
 
 MAX_PREPARED = 64  # of one problem: it is launched anew where the bounds of its lengths differ
 INDEX_TENSORS = (
@@ -26,6 +26,7 @@ INDEX_TENSORS = (
     "kv_batch_idx",
     "page_table",
     "cp_tot_seqused_k",
+    "scheduler_metadata",
 )
 
 
@@ -33,9 +34,9 @@ class Prepared(NamedTuple):
     """All that metadata and bounds decide. Holds no tensor of a call."""
 
     forward: Any  # _C.PreparedFwd; None where a tensor has to be copied first
-    status: Tensor | None
-    num_splits: int
-    merge: Any  # _C.PreparedCombine; None without splits, and where another backend merges
+    status: Tensor | None = None
+    part_floats: int = 0  # memory for the parts of split sequences
+    own_metadata: int = 0  # integers, where the call makes its own
 
 
 def fwd(p: AttentionProblem, out: Tensor, lse: Tensor, max_logits: Tensor | None) -> None:
@@ -57,25 +58,19 @@ def fwd(p: AttentionProblem, out: Tensor, lse: Tensor, max_logits: Tensor | None
             p.prepared.clear()
         prepared = p.prepared[bounds] = _prepare(p, out, lse, max_logits)
     stream = launch.stream(p.q.device)
-    if prepared.num_splits == 1:
-        written, written_lse = out, lse
-    else:
-        written = out.new_empty((prepared.num_splits, *out.shape), dtype=torch.float32)
-        written_lse = lse.new_empty((prepared.num_splits, *lse.shape))
-    tensors = _tensors(p, written, written_lse, max_logits, prepared.status)
+    parts = lse.new_empty(prepared.part_floats) if prepared.part_floats else None
+    schedule = p.scheduler_metadata
+    if prepared.own_metadata:
+        schedule = lse.new_empty(prepared.own_metadata, dtype=torch.int32)
+    tensors = _tensors(p, out, lse, max_logits, parts, schedule, prepared.status)
     if prepared.forward is None or not launch.run(prepared.forward, tensors, stream):
-        return _on_copies(p, out, lse, max_logits)
-    if prepared.merge is not None:
-        launch.run(prepared.merge, (written, written_lse, out, lse), stream)
-    elif prepared.num_splits > 1:
-        combine(written, written_lse.transpose(-1, -2), out, lse.transpose(-1, -2))
+        _on_copies(p, out, lse, max_logits)
 
 
-def _tensors(
-    p: AttentionProblem, out: Tensor, lse: Tensor, max_logits: Tensor | None, word: Tensor | None
-) -> tuple[Tensor | None, ...]:
+def _tensors(p: AttentionProblem, *others: Tensor | None) -> tuple[Tensor | None, ...]:
     """The fields of FwdTensorsOf in csrc/ops.h."""
     q, qv = (None, p.q) if variants.only_qv(p) else (p.q, p.qv)
+    out, lse, max_logits, parts, schedule, word = others
     return (
         q,
         qv,
@@ -94,6 +89,8 @@ def _tensors(
         p.page_table,
         p.cp_tot_seqused_k if p.cp_world_size > 1 else None,
         p.s_aux,
+        parts,
+        schedule,
         word,
     )
 
@@ -103,24 +100,27 @@ def _prepare(p: AttentionProblem, out: Tensor, lse: Tensor, max_logits: Tensor |
     device = launch.number(p.q.device)
     plan = heuristics.fwd_launch(p, variant, launch.num_multiprocessors(device))
     flat = p.page_table is None or p.page_table.stride(1) == 1
-    inputs = [x for x in (p.q, p.qv, p.k, p.v) if x is not None]
-    if not flat or not all(map(launch.fit, inputs)) or (plan.num_splits == 1 and not launch.fit(out)):
-        return Prepared(None, None, 1, None)
-    written, written_lse, merge = out, lse, None
+    inputs = [x for x in (p.q, p.qv, p.k, p.v, out) if x is not None]
+    if not flat or not all(map(launch.fit, inputs)):
+        return Prepared(None)
+    parts = schedule = None
     if plan.num_splits > 1:
-        written = out.new_empty((plan.num_splits, *out.shape), dtype=torch.float32, device="meta")
-        written_lse = lse.new_empty((plan.num_splits, *lse.shape), device="meta")
-        if not launch.unobtainable(variants.COMBINE.name):
-            merge = prepare_combine(written, written_lse.transpose(-1, -2), out, lse.transpose(-1, -2))
+        floats = plan.num_splits * plan.part_rows(p) * p.num_heads * (p.head_dim_v + 1)
+        parts = lse.new_empty(floats, device="meta")
+    sorts = False
+    if p.scheduler_metadata is not None and p.scheduler_metadata.numel() > p.batch:
+        schedule = p.scheduler_metadata
+    elif heuristics.sorts(p, plan):
+        sorts, schedule = True, lse.new_empty(metadata.size(p.batch), dtype=torch.int32, device="meta")
     # Without an index tensor nothing is ever clamped.
     word = None if all(getattr(p, name) is None for name in INDEX_TENSORS) else status.device_word(p.q.device)
     forward = launch.module().PreparedFwd(
         launch.kernel(variant),
-        tuple(map(launch.view, _tensors(p, written, written_lse, max_logits, word))),
+        tuple(map(launch.view, _tensors(p, out, lse, max_logits, parts, schedule, word))),
         device,
         launch.stream(p.q.device),
         dtype=launch.dtype(p.q.dtype),
-        out_dtype=launch.dtype(written.dtype),
+        out_dtype=launch.dtype(out.dtype),
         sink_dtype=launch.dtype(torch.float32 if p.s_aux is None else p.s_aux.dtype),
         softmax_scale=p.softmax_scale,
         softcap=p.softcap,
@@ -132,9 +132,18 @@ def _prepare(p: AttentionProblem, out: Tensor, lse: Tensor, max_logits: Tensor |
         batch=p.batch,
         seqlen_k_new=p.seqlen_k_new,
         box_keys=variants.box_keys(p, variant),
+        block_n=variant.block_n,
+        metadata_key=0 if schedule is None else metadata.key(p),
         **plan._asdict(),
     )
-    return Prepared(forward, word, plan.num_splits, merge)
+    stream = launch.stream(p.q.device)
+    if sorts:
+        forward.sort_with(launch.kernel(variants.METADATA), stream)
+    if parts is not None:
+        groups = p.batch * -(-plan.split_rows * p.num_heads // variants.COMBINE_SPLITS.block_m)
+        grid = min(groups, COMBINE_CTAS * launch.num_multiprocessors(device))
+        forward.combine_with(launch.kernel(variants.COMBINE_SPLITS), grid, stream)
+    return Prepared(forward, word, 0 if parts is None else parts.numel(), schedule.numel() if sorts else 0)
 
 
 def _on_copies(p: AttentionProblem, out: Tensor, lse: Tensor, max_logits: Tensor | None) -> None:

@@ -9,13 +9,23 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..problem import AppendProblem, AttentionProblem
+from ..problem import AppendProblem, AttentionProblem, ScheduleProblem
 from . import bwd as _bwd
 from . import cache as _cache
 from . import combine as _combine
 from . import fwd as _fwd
 
-__all__ = ["append_kv", "bwd", "combine", "fwd", "kernel_name", "merge_state", "rotary_q", "unsupported_reason"]
+__all__ = [
+    "append_kv",
+    "bwd",
+    "combine",
+    "fwd",
+    "kernel_name",
+    "merge_state",
+    "rotary_q",
+    "scheduler_metadata",
+    "unsupported_reason",
+]
 
 
 def unsupported_reason(p: AttentionProblem, needs_grad: bool) -> str | None:
@@ -49,3 +59,8 @@ merge_state = _on_its_device(_combine.merge_state, lambda out_a: out_a)
 def kernel_name(p: AttentionProblem) -> str:
     """What computes the forward of `p`, for people."""
     return "flash_attn3.triton.fwd"
+
+
+def scheduler_metadata(s: ScheduleProblem, schedule: Tensor) -> None:
+    """All zero, "no schedule": this backend needs none."""
+    schedule.zero_()

@@ -191,7 +191,7 @@ def test_paged_ragged_decode(dtype: torch.dtype) -> None:
         q, k, v = (torch.randn(total, h, 16).to(dtype) for h in (4, 2, 2))
         table = torch.randperm(12)[: 3 * batch].view(batch, 3).int()
         lengths = torch.arange(batch).int()
-        metadata = get_scheduler_metadata(batch, 8, 12, 4, 2, 16, lengths, page_size=4)
+        metadata = get_scheduler_metadata(batch, 8, 12, 4, 2, 16, lengths, page_size=4, causal=True)
         compiled.check(q, *pages, k, v, offsets(int32(*new)), table, lengths, metadata)
     assert compiled.compilations == 1
 

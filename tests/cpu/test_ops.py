@@ -184,7 +184,9 @@ def test_merging(dtype: torch.dtype) -> None:
 
 
 def test_metadata() -> None:
-    opcheck(ops.scheduler_metadata, torch.zeros(5, dtype=torch.int32))
+    lengths = torch.zeros(5, dtype=torch.int32)
+    sizes, mask = (1, 64, 4, 2, 64, 64), (-1, 0, 0, False)
+    opcheck(ops.scheduler_metadata, lengths, None, None, *sizes, HALF, *mask, 0, None, False, "cpu")
 
 
 # Schemas

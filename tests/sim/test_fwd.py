@@ -63,23 +63,6 @@ def test_long_rows(shape: str, simulator) -> None:
     check(case | {"causal": True})
 
 
-@pytest.mark.parametrize("layout", ["dense", "varlen", "padded"])
-@pytest.mark.parametrize("mask", ["full", "causal", "window", "chunk"])
-def test_splits(mask: str, layout: str, simulator) -> None:
-    """More splits than key tiles, too; the sink counts once."""
-    case = inputs("bf16_d128_v128", layout, seqlen_q=150, seqlen_k=600, num_heads=4, sink=True) | MASKS[mask]
-    for num_splits in (0, 2, 3, 7):
-        check(case, num_splits=num_splits, return_max_logits=True)
-
-
-@pytest.mark.parametrize("num_splits", [0, 1, 5])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_decode(shape: str, num_splits: int, simulator) -> None:
-    """A query of each sequence over a cache with left padding."""
-    case = inputs(shape, "cache", batch=12, seqlen_q=1, seqlen_k=700, num_heads=8, least_k=10)
-    check(case, num_splits=num_splits)
-
-
 @pytest.mark.parametrize("distribution", ["paper", "huge", "constant"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_distributions(shape: str, distribution: str, simulator) -> None:

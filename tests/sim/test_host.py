@@ -64,8 +64,8 @@ def calls() -> dict[str, tuple[Callable[[], Any], int]]:
         "cached": (partial(cached, num_splits=1), 2),
         "appended": (partial(cached, **new), 2),
         "rotated": (partial(cached, **new, **tables), 3),  # and the rotated queries
-        "split": (partial(cached, num_splits=3), 4),  # and the partial results
-        "heuristic": (partial(cached, num_splits=0), 4),
+        "split": (partial(cached, num_splits=3), 3),  # and the parts
+        "heuristic": (partial(cached, num_splits=0), 2),  # so short that nothing is split
     }
 
 

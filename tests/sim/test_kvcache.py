@@ -103,4 +103,4 @@ COMPILED = {
 def test_compiled_steps(step: str, simulator, by_default, launched: list[str]) -> None:
     """One compilation for all positions, lengths and batches, the bits of eager, the cache written in place."""
     COMPILED[step]()
-    assert {name.split("_")[0] for name in launched} == {"append", "fwd"}
+    assert {name.split("_")[0] for name in launched} - {"metadata"} == {"append", "fwd"}

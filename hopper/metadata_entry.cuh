@@ -1,0 +1,11 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Included by a stub, after kConfig: the kernel under a name that is the same in every cubin.
+using Kernel = fa3::Metadata<kConfig>;
+
+// What the host must know: bytes of parameters, threads, bytes of shared memory, rows of a CTA.
+extern "C" __constant__ const int fa3_abi[4] = {sizeof(fa3::FwdParams), kConfig.threads, 0, 0};
+
+extern "C" __global__ void __launch_bounds__(kConfig.threads)
+    fa3_metadata(const __grid_constant__ fa3::FwdParams params) {
+    Kernel::run(params);
+}
