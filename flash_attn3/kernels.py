@@ -184,6 +184,11 @@ class MetadataVariant(Variant):
     def name(self) -> str:
         return f"metadata_t{self.threads}"
 
+    @property
+    def block_m(self) -> int:
+        """Sequences that the only CTA sorts in a step."""
+        return self.threads
+
 
 @dataclass(frozen=True)
 class AppendVariant(Variant):

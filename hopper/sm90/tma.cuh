@@ -49,8 +49,11 @@ __device__ inline void wait_stores_read() {
 }
 
 __device__ inline void wait_stores() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+
 // PTX ISA, prefetch.tensormap: the map will be used soon.
-__device__ inline void prefetch(const CUtensorMap& map) { cute::prefetch_tma_descriptor(&map); }
+__device__ inline void prefetch(const CUtensorMap& map) {
+    cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(&map));
+}
 
 // PTX ISA, fence.proxy.async: this thread's writes to shared memory come before reads by wgmma and
 // the copy engine that are ordered behind the fence.

@@ -21,6 +21,8 @@ PARAMETERS = {
     "fwd": "fa3::FwdParams",
     "mla": "fa3::FwdParams",
     "combine": "fa3::CombineParams",
+    "combine_splits": "fa3::FwdParams",
+    "metadata": "fa3::FwdParams",
     "append_kv": "fa3::AppendParams",
     "merge_state": "fa3::MergeParams",
     "bwd_preprocess": "fa3::BwdParams",
