@@ -2,7 +2,8 @@
 // Included by a stub, after kConfig: the kernel under a name that is the same in every cubin.
 using Kernel = fa3::Metadata<kConfig>;
 
-// What the host must know: bytes of parameters, threads, shared memory in bytes, sequences of a step.
+// What the host must know: bytes of parameters, threads, bytes of shared memory, sequences that
+// are sorted at a time.
 extern "C" __constant__ const int fa3_abi[4] = {sizeof(fa3::FwdParams), kConfig.threads, 0,
                                                 kConfig.threads};
 
