@@ -148,7 +148,7 @@ class CombineVariant(Variant):
 
     @property
     def name(self) -> str:
-        return f"combine_t{self.threads}"
+        return f"{self.operation}_t{self.threads}"
 
     @property
     def block_m(self) -> int:
@@ -157,20 +157,9 @@ class CombineVariant(Variant):
 
 
 @dataclass(frozen=True)
-class CombineSplitsVariant(Variant):
+class CombineSplitsVariant(CombineVariant):
     operation = "combine_splits"
     config = "CombineSplitsConfig"
-
-    threads: int = 128  # a warp for each row
-
-    @property
-    def name(self) -> str:
-        return f"combine_splits_t{self.threads}"
-
-    @property
-    def block_m(self) -> int:
-        """Rows of a CTA."""
-        return self.threads // 32
 
 
 @dataclass(frozen=True)
