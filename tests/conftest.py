@@ -13,12 +13,23 @@ from pathlib import Path
 import hypothesis
 import pytest
 import torch
+from hypothesis.internal.conjecture import providers
 
 TIERS = ("cpu", "sim", "gpu", "integration")
 LIBCUDA = "libcuda.so.1"
 EMPTY = [(torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch.Tensor, "new_empty")]
 
-hypothesis.settings.register_profile("ci", derandomize=True, deadline=None, database=None, print_blob=True)
+
+class FixedCases(providers.HypothesisProvider):
+    """Draws no constants from the modules that happen to be loaded: which cases a test has depends on no other test."""
+
+    _local_constants = providers.Constants()
+
+
+providers.AVAILABLE_PROVIDERS["fixed"] = FixedCases
+hypothesis.settings.register_profile(
+    "ci", derandomize=True, backend="fixed", deadline=None, database=None, print_blob=True
+)
 hypothesis.settings.register_profile("explore", deadline=None, max_examples=1000, print_blob=True)
 hypothesis.settings.load_profile("ci")
 

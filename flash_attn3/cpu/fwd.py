@@ -88,6 +88,8 @@ class _RowTile:
                 matmul_visible(heads.stack(probs), v, visible, heads.stack(self.acc_o), accumulate=j0 > first)
             masked |= bits is not None
         self._normalise(select)
+        if masked:
+            self.acc_o.add_(0.0)  # a hidden value times zero is -0 if negative, and with a single key nothing adds +0
         return masked
 
     def _probs(
