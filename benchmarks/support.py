@@ -91,6 +91,10 @@ FEATURES: dict[str, tuple[Ask, ...]] = {
     "`cache_batch_idx`": (cached(kv_batch_idx=int32(BATCH)),),
     "new keys in the same call, rotary": (cached(seqlen_k_new=1), cached(cu_seqlens_k_new=int32(BATCH + 1))),
     "page tables": (cached(pages=True), cached(pages=True, num_splits=0)),
+    "draft trees (`tree_mask`)": (
+        cached(tree_mask=int32(BATCH, 1, 1)),
+        cached(pages=True, tree_mask=int32(BATCH, 1, 1)),
+    ),
     "e4m3 q, k, v, scales per head": (dense(dtype=FP8, **PER_HEAD),),
     "e4m3 q, k, v, scales per 128 rows": (dense(dtype=FP8, **PER_BLOCK),),
     "16-bit q over an e4m3 cache": (cached(dtype=FP8), cached(pages=True, dtype=FP8)),

@@ -64,6 +64,7 @@ def flash_attn_with_kvcache(
     cp_world_size: int = 1,
     cp_rank: int = 0,
     cp_tot_seqused_k: Tensor | None = None,
+    tree_mask: Tensor | None = None,
     batch_invariant: bool | None = None,
     backend: str | None = None,
 ) -> Call:
@@ -85,6 +86,9 @@ def flash_attn_with_kvcache(
         cache_leftpad: (b,) int32; slots [0, cache_leftpad) are invisible and positions count from there.
         only_qv: scores are qv @ v^T alone; q and k_cache may be None; the default scale is 1 / sqrt(dv).
         cp_world_size, cp_rank, cp_tot_seqused_k: as in `flash_attn_varlen_func`.
+        tree_mask: (b, s_q, ceil(s_q / 32)) int32. The last s_q keys are draft tokens, of which row i sees token u only
+            if bit u % 32 of tree_mask[n, i, u // 32] is set; earlier keys stay as the other masks have them. With
+            cu_seqlens_q, s_q is that of the longest sequence, or more.
         Others: see `flash_attn3.api`.
 
     Returns:
@@ -140,6 +144,7 @@ def flash_attn_with_kvcache(
         cp_world_size=cp_world_size,
         cp_rank=cp_rank,
         cp_tot_seqused_k=cp_tot_seqused_k,
+        tree_mask=tree_mask,
         batch_invariant=batch_invariant,
         return_max_logits=return_max_logits,
     )

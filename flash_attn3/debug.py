@@ -32,6 +32,7 @@ INDEX_TENSORS = (
     "kv_batch_idx",
     "page_table",
     "cp_tot_seqused_k",
+    "tree_mask",
 )
 
 
@@ -131,6 +132,9 @@ def _check_indices(c: Checks, p: AttentionProblem) -> None:
                 c.fail(f"{c.name(name)}[{index}]", value, f"a value in [0, {extents[index]}]")
     if p.cu_seqlens_q is not None and max(lengths_q, default=0) > p.max_seqlen_q:
         c.fail("max_seqlen_q", p.max_seqlen_q, f"at least {max(lengths_q)}, the longest extent in cu_seqlens_q")
+    if p.tree_mask is not None and max(lengths_q, default=0) > p.tree_mask.shape[1]:
+        expected = f"at least {max(lengths_q)} rows, of the longest extent in cu_seqlens_q"
+        c.fail("tree_mask", f"{p.tree_mask.shape[1]} rows of a sequence", expected)
     _elements(c, "leftpad_k", p.leftpad_k, 0, capacity)
     _elements(c, "kv_batch_idx", p.kv_batch_idx, 0, rows - 1)
     if p.page_table is not None:

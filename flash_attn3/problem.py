@@ -44,7 +44,8 @@ class AttentionProblem:
         n_k = (seqused_k[n], else cu_seqlens_k[n+1] - cu_seqlens_k[n], else capacity)
               - leftpad_k[n] + appended,   appended = seqlen_k_new or the extent in cu_seqlens_k_new
     Key j of row i is visible iff, with p = i + n_k - n_q, p - window_left <= j <= p + window_right (-1: unbounded)
-    and, with attention_chunk c > 0, j // c == p // c. A causal mask is window_right = 0.
+    and, with attention_chunk c > 0, j // c == p // c. A causal mask is window_right = 0. With a tree mask the last n_q
+    keys are draft tokens: of them row i sees token u only if bit u of tree_mask[n, i] is set.
     """
 
     q: Tensor  # (b, s_q, h, d), packed (t_q, h, d)
@@ -66,6 +67,7 @@ class AttentionProblem:
     v_descale: Tensor | None  # as k_descale
     s_aux: Tensor | None  # (h,) sink logits
     cp_tot_seqused_k: Tensor | None  # (b,) keys of the sequence over all context-parallel ranks
+    tree_mask: Tensor | None  # (b, s, ceil(s / 32)), s = s_q, of packed q at least the most rows of a sequence
     scheduler_metadata: Tensor | None  # a hint for Hopper kernels
     max_seqlen_q: int  # bounds launches and heuristics; no part of the meaning
     max_seqlen_k: int

@@ -56,6 +56,7 @@ def attention(
     cp_world_size: int = 1,
     cp_rank: int = 0,
     cp_tot_seqused_k: Tensor | None = None,
+    tree_mask: Tensor | None = None,
     precision: torch.dtype = torch.float64,
 ) -> Result:
     """Attention as the contract defines it.
@@ -89,6 +90,8 @@ def attention(
         total = None if cp_tot_seqused_k is None else int(cp_tot_seqused_k[n])
         mask = visible(len(rows), len(slots), causal, window_size, attention_chunk, cp_world_size, cp_rank, total)
         mask = mask.to(q.device)
+        if tree_mask is not None:
+            mask = _see_drafts(mask, tree_mask[n])
         out, lse, max_logits = _attend(
             _dequantise(q_n.to(compute), q_descale, n, first=0),  # (n_q, h, d)
             _dequantise(k[cache.address(k, n, slots)].to(compute), k_descale, n, padding[n]),  # (n_k, h_kv, d)
@@ -128,6 +131,21 @@ def visible(
         mask = mask & (keys <= positions + right)
     if attention_chunk:
         mask = mask & (keys // attention_chunk == positions // attention_chunk)  # // rounds down
+    return mask
+
+
+def _see_drafts(mask: Tensor, words: Tensor) -> Tensor:
+    """`mask` (n_q, n_k) where of the last n_q keys row i sees number u only if bit u of words[i] is set.
+
+    words (s, ceil(s / 32)); bits that there are not count as not set.
+    """
+    n_q, n_k = mask.shape
+    mask, (num_rows, num_words), words = mask.clone(), words.shape, words.tolist()
+    for i in range(n_q):
+        for u in range(max(n_q - n_k, 0), n_q):
+            exists = i < num_rows and u // 32 < num_words
+            if not (exists and words[i][u // 32] >> u % 32 & 1):
+                mask[i, n_k - n_q + u] = False
     return mask
 
 

@@ -28,6 +28,7 @@ ARGUMENTS = (
     "rotary_seqlens",
     "cp_tot_seqused_k",
     "scheduler_metadata",
+    "tree_mask",
 )
 BITS = {argument: 1 << index for index, argument in enumerate(ARGUMENTS)}
 

@@ -54,6 +54,7 @@ def attention(
     cp_world_size: Any = 1,
     cp_rank: Any = 0,
     cp_tot_seqused_k: Any = None,
+    tree_mask: Any = None,
     batch_invariant: Any = None,
     return_max_logits: Any = False,
 ) -> AttentionProblem:
@@ -109,6 +110,7 @@ def attention(
         v_descale=_descale(c, "v_descale", v_descale, v, "v", batch, k.shape[-2], k.shape[-2], min(max_k, capacity)),
         s_aux=_sink(c, s_aux, q),
         cp_tot_seqused_k=c.index("cp_tot_seqused_k", cp_tot_seqused_k, per_sequence, q),
+        tree_mask=_tree_mask(c, tree_mask, batch, q, world),
         scheduler_metadata=c.index("scheduler_metadata", scheduler_metadata, (("n", None),), q),
         max_seqlen_q=max_q,
         max_seqlen_k=max_k,
@@ -229,6 +231,20 @@ def _context_parallel(c: Checks, world: int, total: Any, left: int, right: int, 
         c.unsupported("cp_world_size", world, "no window and no attention_chunk with context parallelism")
 
 
+def _tree_mask(c: Checks, mask: Any, batch: int, q: Tensor, world: int) -> Tensor | None:
+    """32 draft tokens in each int32."""
+    if mask is None:
+        return None
+    c.tensor("tree_mask", mask, (torch.int32,), "Pack 32 draft tokens into each int32")
+    rows = q.shape[1] if q.ndim == 4 else None
+    most = mask.shape[1] if rows is None and mask.ndim == 3 else rows
+    words = None if most is None else -(-most // 32)
+    mask = c.index("tree_mask", mask, (("b", batch), ("s_q", rows), ("ceil(s_q / 32)", words)), q)
+    if world > 1:
+        c.unsupported("tree_mask", "a tensor", "None with context parallelism")
+    return mask
+
+
 def _descale(
     c: Checks, name: str, scale: Any, x: Tensor, of: str, batch: int, heads_kv: int, heads: int, length: int
 ) -> Tensor | None:
@@ -305,6 +321,7 @@ def gradients(c: Checks, p: AttentionProblem) -> bool:
             ("leftpad_k", p.leftpad_k is not None),
             ("kv_batch_idx", p.kv_batch_idx is not None),
             ("cp_world_size", p.cp_world_size > 1),
+            ("tree_mask", p.tree_mask is not None),
             ("k", p.k.dtype == FP8),
         ):
             if present:

@@ -27,7 +27,8 @@ enum class Argument : int {
     kv_batch_idx,
     rotary_seqlens,
     cp_tot_seqused_k,
-    scheduler_metadata
+    scheduler_metadata,
+    tree_mask
 };
 
 constexpr int kPanel = 64;        // columns of a box of a tensor map: 128 bytes, the swizzle

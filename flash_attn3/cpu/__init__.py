@@ -35,6 +35,7 @@ def unsupported_reason(p: AttentionProblem, needs_grad: bool) -> str | None:
         "cache_leftpad": p.leftpad_k is not None,
         "appended keys": p.seqlen_k_new > 0 or p.cu_seqlens_k_new is not None,
         "context parallel": p.cp_world_size > 1,
+        "tree_mask": p.tree_mask is not None,
         "fp8": p.k.dtype.itemsize == 1,
     }
     names = [name for name, used in inference_only.items() if used]

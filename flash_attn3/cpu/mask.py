@@ -1,11 +1,16 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Which keys a row sees: an interval, the intersection of a few limits that never decrease from row to row."""
+"""Which keys a row sees: an interval, the intersection of a few limits that never decrease from row to row.
+
+A tree mask hides some of the last keys in it.
+"""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from .. import status
 from ..problem import AttentionProblem
 from .sequences import Sequence
 
@@ -28,6 +33,7 @@ class Mask:
         self.left = p.window_left if p.window_left < self.num_all else -1
         self.right = p.window_right if p.window_right < seq.n_q + self.num_all else -1
         self.chunk = min(p.attention_chunk, max(self.num_all, 1))
+        self.tree = None if p.tree_mask is None else _rows_of_tree(p.tree_mask[seq.index], seq.n_q)
 
     def _first(self, i: int | Tensor) -> list:
         """Limits from which on row i, or each of rows i, sees keys."""
@@ -65,9 +71,10 @@ class Mask:
 
         None where all pairs are visible.
         """
-        if self.first(i1 - 1) <= j0 and j1 <= self.end(i0):
+        in_tree = self.tree is not None and j1 > self.diagonal
+        if self.first(i1 - 1) <= j0 and j1 <= self.end(i0) and not in_tree:
             return None
-        if self.chunk or self.cp_world_size > 1:
+        if self.chunk or self.cp_world_size > 1 or in_tree:
             return self._bits(i0, i1, j0, j1)
         band = (self.left, self.right, i0 + self.diagonal - j0, i1 - i0, j1 - j0)
         if band not in self.bands:
@@ -84,7 +91,20 @@ class Mask:
             keep &= ~((keys - limit) >> 31)  # the sign of j - limit, in every bit
         for limit in self._end(rows):
             keep &= (keys - limit) >> 31
+        if self.tree is not None:
+            tokens = keys[keys >= self.diagonal] - self.diagonal
+            words = self.tree[i0:i1].index_select(1, tokens >> 5)
+            keep[:, j1 - j0 - len(tokens) :] &= -(words >> (tokens & 31) & 1)
         return keep, ~keep & NEG_INF_BITS
+
+
+def _rows_of_tree(words: Tensor, n_q: int) -> Tensor:
+    """(n_q, ceil(n_q / 32)) of the words of one sequence; what they lack is 0."""
+    missing = n_q - words.shape[0]
+    if missing <= 0:
+        return words
+    status.note("tree_mask")
+    return F.pad(words, (0, max(-(-n_q // 32) - words.shape[1], 0), 0, missing))
 
 
 def zero_invisible_(x: Tensor, keep: Tensor) -> None:

@@ -9,7 +9,18 @@ A *case* is a dict of arguments of `reference.attention`; `call` hands it to the
 
 from .bounds import GradCheck, assert_bounded, assert_lse, bitwise_equal, max_error, rmse
 from .cases import boundary_sizes, call, pairwise, sizes
-from .inputs import lengths, make_inputs, offsets, poison, restrided, values, with_append, with_descales
+from .inputs import (
+    draft_trees,
+    lengths,
+    make_inputs,
+    offsets,
+    packed_bits,
+    poison,
+    restrided,
+    values,
+    with_append,
+    with_descales,
+)
 
 __all__ = [
     "GradCheck",
@@ -18,10 +29,12 @@ __all__ = [
     "bitwise_equal",
     "boundary_sizes",
     "call",
+    "draft_trees",
     "lengths",
     "make_inputs",
     "max_error",
     "offsets",
+    "packed_bits",
     "pairwise",
     "poison",
     "restrided",

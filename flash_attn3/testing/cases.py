@@ -21,7 +21,7 @@ CACHE_NAMES = {
     "k_new": "k",
     "v_new": "v",
 }
-CACHE_ARGUMENTS = {"kv_batch_idx", "leftpad_k", "k_new"}
+CACHE_ARGUMENTS = {"kv_batch_idx", "leftpad_k", "k_new", "tree_mask"}
 VARLEN_ARGUMENTS = {"cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "page_table", "cp_world_size"}
 
 

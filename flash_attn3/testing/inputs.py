@@ -168,6 +168,28 @@ def with_append(
     return poison(case)
 
 
+def draft_trees(batch: int, num_tokens: int, seed: int = 0) -> Tensor:
+    """(batch, num_tokens, num_tokens) bool: whether token i of a random tree sees token u, itself or an ancestor.
+
+    A token comes behind its parent; a tree may have several roots.
+    """
+    rng = random.Random(seed)
+    sees = torch.eye(num_tokens, dtype=torch.bool).repeat(batch, 1, 1)
+    for tree in sees:
+        for i in range(1, num_tokens):
+            parent = rng.randint(-1, i - 1)
+            if parent >= 0:
+                tree[i] |= tree[parent]
+    return sees
+
+
+def packed_bits(sees: Tensor) -> Tensor:
+    """(..., s, s) bool as a tree mask (..., s, ceil(s / 32)) int32: bit u of row i is sees[..., i, u]."""
+    num_words = -(-sees.shape[-1] // 32)
+    bits = torch.nn.functional.pad(sees.long(), (0, 32 * num_words - sees.shape[-1])).unflatten(-1, (num_words, 32))
+    return (bits << torch.arange(32, device=sees.device)).sum(-1).int()
+
+
 def _permutation(n: int, seed: int) -> Tensor:
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed)).int()
 

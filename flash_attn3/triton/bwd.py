@@ -41,6 +41,7 @@ def unsupported_reason(p: AttentionProblem) -> str | None:
         "a cache": p.kv_batch_idx is not None or p.leftpad_k is not None,
         "appended keys": p.seqlen_k_new > 0 or p.cu_seqlens_k_new is not None,
         "cp_world_size > 1": p.cp_world_size > 1,
+        "tree_mask": p.tree_mask is not None,
     }
     names = [name for name, present in inference_only.items() if present]
     return f"has no backward with {', '.join(names)}" if names else None

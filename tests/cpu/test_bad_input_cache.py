@@ -79,6 +79,42 @@ LENGTHS = on(
     ],
 )
 
+TREE = on(
+    "flash_attn_with_kvcache",
+    [
+        type_error("tree_mask", "list", "torch.Tensor", tree_mask=[[[1], [3], [5]]] * 2),
+        *(
+            type_error(
+                "tree_mask", str(dtype), "dtype int32. Pack 32 draft tokens", tree_mask=i32(2, 3, 1).but(dtype=dtype)
+            )
+            for dtype in (INT64, torch.bool, torch.uint8, torch.float32)
+        ),
+        bad("tree_mask", "(2, 3)", "(b=2, s_q=3, ceil(s_q / 32)=1)", tree_mask=i32(2, 3)),
+        bad("tree_mask", "(2, 3, 3)", "(b=2, s_q=3, ceil(s_q / 32)=1)", tree_mask=i32(2, 3, 3)),
+        bad("tree_mask", "(1, 3, 1)", "b=2", tree_mask=i32(1, 3, 1)),
+        bad("tree_mask", "(2, 4, 1)", "s_q=3", tree_mask=i32(2, 4, 1)),
+        bad("tree_mask", "(2, 33, 1)", "ceil(s_q / 32)=2", tree_mask=i32(2, 33, 1), q=t(2, 33, 4, 16)),
+        bad(
+            "tree_mask",
+            "(2, 33, 1)",
+            "(b=2, s_q, ceil(s_q / 32)=2)",
+            tree_mask=i32(2, 33, 1),
+            q=t(9, 4, 16),
+            cu_seqlens_q=i32(3),
+        ),
+        bad("tree_mask", "()", "(b=2, s_q, ceil(s_q / 32))", tree_mask=i32(), q=t(9, 4, 16), cu_seqlens_q=i32(3)),
+        bad(
+            "tree_mask",
+            "a tensor",
+            "None with context parallelism",
+            UnsupportedError,
+            tree_mask=i32(2, 3, 1),
+            cp_world_size=2,
+            cp_tot_seqused_k=i32(2),
+        ),
+    ],
+)
+
 APPEND = on(
     "flash_attn_with_kvcache",
     [
@@ -287,7 +323,7 @@ METADATA = on(
 )
 
 
-@pytest.mark.parametrize("row", LENGTHS + APPEND + ROTARY + ONLY_QV, ids=lambda row: row.id)
+@pytest.mark.parametrize("row", LENGTHS + TREE + APPEND + ROTARY + ONLY_QV, ids=lambda row: row.id)
 def test_kvcache(row: Bad) -> None:
     check(row)
 

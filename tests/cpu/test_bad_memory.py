@@ -24,7 +24,10 @@ FULL_CALLS = [
     ("flash_attn_varlen_func", dict(cp_world_size=2, cp_tot_seqused_k=i32(2))),
     ("flash_attn_kvpacked_func", dict(s_aux=f32(4))),
     ("flash_attn_with_kvcache", pages | new | rotary | dict(rotary_seqlens=i32(2), cache_leftpad=i32(2))),
-    ("flash_attn_with_kvcache", dict(cache_batch_idx=i32(2), q=t(6, 4, 16), cu_seqlens_q=i32(3))),
+    (
+        "flash_attn_with_kvcache",
+        dict(cache_batch_idx=i32(2), q=t(6, 4, 16), cu_seqlens_q=i32(3), tree_mask=i32(2, 3, 1)),
+    ),
     ("flash_attn_with_kvcache", dict(k=t(6, 2, 16), v=t(6, 2, 16), cu_seqlens_k_new=i32(3))),
     ("flash_attn_combine", dict(out=f32(2, 5, 4, 16))),
     ("merge_state", dict(out=t(2, 5, 4, 16), lse_out=f32(2, 4, 5))),

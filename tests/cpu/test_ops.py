@@ -85,6 +85,7 @@ FEATURES = {
     "cache, causal, splits": lambda: cached(causal=True, num_splits=2),
     "paged": paged,
     "context parallel": lambda: varlen(grad=False, cp_world_size=2, cp_tot_seqused_k=int32(8, 4, 10)),
+    "tree mask": lambda: cached(tree_mask=torch.randint(-(2**31), 2**31 - 1, (2, 3, 1)).int()),
     "e4m3": e4m3,
 }
 DIFFERENTIABLE = list(FEATURES)[: list(FEATURES).index("qv")]

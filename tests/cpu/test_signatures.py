@@ -36,7 +36,7 @@ SIGNATURES = {
     "softmax_scale=None, causal=False, window_size=(-1, -1), attention_chunk=0, softcap=0.0, rotary_interleaved=True, "
     "scheduler_metadata=None, num_splits=0, pack_gqa=None, sm_margin=0, return_softmax_lse=False, *, s_aux=None, "
     "out=None, return_max_logits=False, only_qv=False, max_seqlen_k=None, cp_world_size=1, cp_rank=0, "
-    f"cp_tot_seqused_k=None, {END}",
+    f"cp_tot_seqused_k=None, tree_mask=None, {END}",
     "flash_attn_combine": "out_partial, lse_partial, out=None, out_dtype=None, *, backend=None",
     "merge_state": "out_a, lse_a, out_b, lse_b, *, out=None, lse_out=None, lse_layout='hs', backend=None",
     "get_scheduler_metadata": "batch_size, max_seqlen_q, max_seqlen_k, num_heads_q, num_heads_kv, headdim, "

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.profiler import profile
 
 from flash_attn3.compat import sglang
-from flash_attn3.testing import GradCheck, bitwise_equal, values
+from flash_attn3.testing import GradCheck, bitwise_equal, call, values
 
 TM = 1.5  # widens the bounds of what is merged from 16-bit parts
 H, H_KV, D = 4, 2, 64
@@ -115,7 +115,10 @@ def test_a3_cascade(new_tokens: int, cuts: tuple[int, ...]) -> None:
 
 
 def test_a4_tree_verify() -> None:
-    """Prefix for all draft tokens, then each draft token as a sequence of one query over its ancestors' pages."""
+    """Prefix for all draft tokens, then each draft token as a sequence of one query over its ancestors' pages.
+
+    Or both in one call, with a tree mask.
+    """
     draft, prefixes = 8, [33, 512, 1]
     generator = torch.Generator().manual_seed(0)
     queries, keys, vals = self_attention([prefix + draft for prefix in prefixes])
@@ -139,7 +142,12 @@ def test_a4_tree_verify() -> None:
     one_each = [1] * len(q)
     second = pool.case(q, one_each) | {"page_table": table, "seqused_k": depth}
     whole = paginate(whole_k, whole_v, 1).case(q, one_each)
-    GradCheck(whole).check_forward(*merge(attend(first), attend(second)), factor=TM)
+    check = GradCheck(whole)
+    check.check_forward(*merge(attend(first), attend(second)), factor=TM)
+
+    masks = [[[sum(1 << u for u in row)] for row in rows] for rows in ancestors]
+    one_call = pool.case(q, [draft] * 3) | {"tree_mask": torch.tensor(masks, dtype=torch.int32)}
+    check.check_forward(*call(one_call))
 
 
 def test_a5_local_attention_three_ways() -> None:
