@@ -10,6 +10,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # before torch starts its threads
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
+
 import hypothesis
 import pytest
 import torch
