@@ -43,7 +43,7 @@ void set_layouts(BwdParams& params, const BwdTensorsOf<TensorView>& tensors,
 void set_scores(BwdParams& params, const BwdOptions& options) {
     const double scale = options.softmax_scale, softcap = options.softcap;
     params.scale_log2 = positive((softcap > 0 ? softcap : scale) * std::numbers::log2e);
-    params.softcap_scale = softcap > 0 ? positive(scale / softcap) : 0;
+    params.softcap_scale = softcap > 0 ? positive(2 * std::numbers::log2e * scale / softcap) : 0;
     params.softmax_scale = options.softmax_scale;
     params.window_left = window_side(options.window_left);
     params.window_right = window_side(options.window_right);

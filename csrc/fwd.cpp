@@ -58,7 +58,7 @@ void set_slots(FwdParams& params, const TensorView& k, const TensorView& table) 
 void set_scores(FwdParams& params, const FwdOptions& options) {
     const double scale = options.softmax_scale, softcap = options.softcap;
     params.scale_log2 = positive((softcap > 0 ? softcap : scale) * std::numbers::log2e);
-    params.softcap_scale = softcap > 0 ? positive(scale / softcap) : 0;
+    params.softcap_scale = softcap > 0 ? positive(2 * std::numbers::log2e * scale / softcap) : 0;
     params.window_left = window_side(options.window_left);
     params.window_right = window_side(options.window_right);
     params.attention_chunk = options.attention_chunk;

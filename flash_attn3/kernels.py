@@ -3,11 +3,16 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, fields
 from typing import ClassVar
 
 # Fields that are enumerations in hopper/config.h.
 _ENUMS = {"dtype": "Dtype", "kv_source": "KvSource"}
+_FWD_NAME = re.compile(r"fwd_(bf16|fp16)_d(\d+)_v(\d+)_m(\d+)_n(\d+)_s(\d+)_(tma|cp_async)(_pp)?(_nohold)?")
+SMEM_BYTES = 227 * 1024  # of a CTA
+SMEM_REST = 2048  # of those, for barriers and the schedule
+PANEL_BYTES = 128  # of a row in shared memory: 64 columns
 
 
 @dataclass(frozen=True)
@@ -57,13 +62,36 @@ class FwdVariant(Variant):
     stages: int = 2  # tiles of K, and of V, in shared memory
     kv_source: str = "tma"  # "cp_async": for pages that no box of the copy engine fits
     ping_pong: bool = True  # consumer warpgroups take turns at the tensor cores
+    hold: bool = True  # exponentials are computed while the second product runs, not after it
 
     @property
     def name(self) -> str:
         return (
             f"fwd_{self.dtype}_d{self.head_dim}_v{self.head_dim_v}_m{self.block_m}_n{self.block_n}"
-            f"_s{self.stages}_{self.kv_source}" + "_pp" * self.ping_pong
+            f"_s{self.stages}_{self.kv_source}" + "_pp" * self.ping_pong + "_nohold" * (not self.hold)
         )
+
+    @classmethod
+    def named(cls, name: str) -> FwdVariant | None:
+        """The variant of this name, in the list or not; None if no kernel can be so."""
+        found = _FWD_NAME.fullmatch(name)
+        if found is None:
+            return None
+        dtype, *numbers, kv_source, ping_pong, nohold = found.groups()
+        variant = cls(dtype, *map(int, numbers), kv_source, ping_pong is not None, nohold is None)
+        return variant if variant.is_possible() else None
+
+    def is_possible(self) -> bool:
+        """Whether products have such sizes, and tiles have room."""
+        products = self.head_dim % 16 == 0 < self.head_dim and self.head_dim_v % 32 == 0 < self.head_dim_v
+        tiles = self.block_m in (64, 128, 192) and self.block_n % 16 == 0 and self.stages > 1
+        return products and tiles and self.tile_bytes <= SMEM_BYTES - SMEM_REST
+
+    @property
+    def tile_bytes(self) -> int:
+        """Of Q and all stages of K and V in shared memory."""
+        panels, panels_v = -(-self.head_dim // 64), -(-self.head_dim_v // 64)
+        return PANEL_BYTES * (panels * self.block_m + self.stages * (panels + panels_v) * self.block_n)
 
 
 @dataclass(frozen=True)

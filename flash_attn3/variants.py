@@ -99,7 +99,8 @@ def all_variants() -> tuple[Variant, ...]:
 
 
 def by_name(name: str) -> Variant | None:
-    return next((variant for variant in all_variants() if variant.name == name), None)
+    """The kernel of this name; of a forward also one that is not in the list."""
+    return next((variant for variant in all_variants() if variant.name == name), None) or FwdVariant.named(name)
 
 
 def only_qv(p: AttentionProblem) -> bool:

@@ -6,6 +6,7 @@
 #include "config.h"
 #include "sm90/math.cuh"
 #include "sm90/memory.cuh"
+#include "softcap.cuh"
 
 namespace fa3 {
 
@@ -38,7 +39,7 @@ __device__ void make_probabilities(float (&scores)[R], unsigned (&packed)[R / 2]
                 float& score = scores[4 * j + 2 * h + e];
                 float slope = 1.f;
                 if constexpr (C.softcap) {
-                    score = sm90::tanh(score * softcap_scale);
+                    score = tanh_of_exponent(score * softcap_scale);
                     slope = sm90::fma(-score, score, 1.f);
                 }
                 x[e] = sm90::exp2(sm90::fma(score, scale[h], e == 0 ? -pair.x : -pair.y));

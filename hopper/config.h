@@ -22,6 +22,7 @@ struct FwdConfig {
     int stages = 2;        // tiles of K, and of V, in shared memory
     KvSource kv_source = KvSource::tma;
     bool ping_pong = true;  // consumer warpgroups take turns at the tensor cores
+    bool hold = true;       // exponentials are computed while the second product runs, not after it
 
     constexpr int consumers() const { return block_m / kWarpgroupRows; }  // warpgroups
     constexpr int threads() const { return 128 * (consumers() + 1); }

@@ -20,6 +20,7 @@
 #include "sm90/regs.cuh"
 #include "sm90/tma.cuh"
 #include "sm90/wgmma.cuh"
+#include "softcap.cuh"
 #include "softmax.cuh"
 
 namespace fa3 {
@@ -384,7 +385,7 @@ struct Fwd {
                     sm90::pin(acc_s);
                     release_k();
                     update_softmax(n, hide_keys);
-                    sm90::hold(softmax.row_sum[0] + softmax.row_sum[1]);
+                    if constexpr (C.hold) sm90::hold(softmax.row_sum[0] + softmax.row_sum[1]);
                     sm90::mma_wait<0>();
                     sm90::pin(acc_o);
                     release_v();

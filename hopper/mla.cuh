@@ -19,6 +19,7 @@
 #include "sm90/regs.cuh"
 #include "sm90/tma.cuh"
 #include "sm90/wgmma.cuh"
+#include "softcap.cuh"
 #include "softmax.cuh"
 
 namespace fa3 {

@@ -98,7 +98,7 @@ struct FwdParams {
     int cp_world_size, cp_rank;
     const int* cp_tot_seqused_k;  // [b]
     float scale_log2;  // softmax_scale * log2(e), with softcap softcap * log2(e); at least FLT_MIN
-    float softcap_scale;  // softmax_scale / softcap; 0: off
+    float softcap_scale;  // 2 log2(e) softmax_scale / softcap; 0: off
     const void* sink;     // [h] logits, added to the denominator of every row
     Dtype sink_dtype;
 

@@ -6,13 +6,6 @@
 
 namespace fa3 {
 
-// tanh, with which softcap bounds the scores before they are masked.
-template <int R>
-__device__ void cap(float (&scores)[R], float scale) {
-#pragma unroll
-    for (int i = 0; i < R; ++i) scores[i] = sm90::tanh(scores[i] * scale);
-}
-
 template <int R>
 __device__ void rescale(float (&acc)[R], const float (&factor)[2]) {
 #pragma unroll

@@ -18,7 +18,7 @@ EPILOG = "Exit code 0: all is well, 1: a kernel does not compile or fails --chec
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
-    parser.add_argument("names", nargs="*", metavar="NAME", help="kernels to compile; --list shows their names")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="kernels to compile; --list shows those in use")
     parser.add_argument("--all", action="store_true", help="every kernel")
     parser.add_argument("--list", action="store_true", help="print the kernels, and which are compiled, and stop")
     parser.add_argument("--check", action="store_true", help="fail on spills, stack and warnings that cost speed")

@@ -96,7 +96,7 @@ def run(prepared: Any, tensors: tuple[Tensor | None, ...], stream: int) -> bool:
 
 
 def fit(x: Tensor) -> bool:
-    """Whether the strides of `x` are fit for the copy engine."""
+    """Whether the strides of `x` are fit for the copy engine: for what is expanded, 0, nothing promises so."""
     return _fit(x.shape, x.stride(), x.element_size())
 
 
@@ -108,7 +108,7 @@ def takes(x: Tensor) -> bool:
 @functools.lru_cache(1024)
 def _fit(sizes: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> bool:
     steps = [stride * itemsize for size, stride in zip(sizes[:-1], strides, strict=False) if size > 1]
-    return all(step % ALIGNMENT == 0 and step < MAX_STRIDE for step in steps)
+    return all(step % ALIGNMENT == 0 and 0 < step < MAX_STRIDE for step in steps)
 
 
 def taken(x: Tensor, cache: str | None = None) -> Tensor:
@@ -123,6 +123,7 @@ def taken(x: Tensor, cache: str | None = None) -> Tensor:
 @functools.cache
 def _warn_copied(cache: str) -> None:
     warnings.warn(
-        f"flash_attn3 copies {cache} in every call: its address and strides are no multiples of {ALIGNMENT} bytes",
+        f"flash_attn3 copies {cache} in every call: its address and strides are no multiples (1, 2, ...) of "
+        f"{ALIGNMENT} bytes",
         stacklevel=2,
     )

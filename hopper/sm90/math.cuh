@@ -33,13 +33,6 @@ __device__ inline float reciprocal(float x) {
     return y;
 }
 
-// PTX ISA, tanh.approx
-__device__ inline float tanh(float x) {
-    float y;
-    asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
 // PTX ISA, fma.rn.ftz: subnormal results are 0, so that a scale of FLT_MIN acts as 0 on all but
 // infinities.
 __device__ inline float fma(float a, float b, float c) {

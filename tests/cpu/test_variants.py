@@ -45,6 +45,21 @@ def test_every_variant_is_found_by_its_name() -> None:
     assert variants.by_name("fwd") is None
 
 
+def test_a_forward_that_is_not_in_the_list_is_found_by_its_name() -> None:
+    other = variants.FwdVariant("bf16", 128, 128, block_n=176, ping_pong=False, hold=False)
+    assert other not in variants.all_variants() and variants.by_name(other.name) == other
+    for d, dv in variants.BLOCK_N:
+        wide = variants.FwdVariant("fp16", d, dv, block_m=192, block_n=16, kv_source="cp_async")
+        assert variants.by_name(wide.name) == wide
+
+
+@pytest.mark.parametrize(
+    "change", [{"block_n": 208}, {"block_n": 120}, {"stages": 1}, {"stages": 4}, {"block_m": 96}, {"head_dim": 120}]
+)
+def test_no_kernel_that_products_or_shared_memory_rule_out(change: dict) -> None:
+    assert variants.by_name(dataclasses.replace(variants.FwdVariant("bf16", 128, 128), **change).name) is None
+
+
 @pytest.mark.parametrize("variant", variants.all_variants(), ids=lambda variant: variant.name)
 def test_names_tell_variants_apart_by_every_field(variant: variants.Variant) -> None:
     for field in dataclasses.fields(variant):

@@ -70,6 +70,26 @@ def test_distributions(shape: str, distribution: str, simulator) -> None:
     check(case)
 
 
+@pytest.mark.parametrize("approx", ["nearest", "low", "high"])
+@pytest.mark.parametrize(("softcap", "softmax_scale"), [(30.0, 1.0), (50.0, 1.5)])
+def test_softcap_of_large_scores(softcap: float, softmax_scale: float, approx: str, simulator) -> None:
+    """The bound of LSE holds however inexact the instructions are within what PTX allows."""
+    simulator.configure(f"approx={approx}")
+    case = inputs("bf16_d64_v64", seqlen_q=70, seqlen_k=200, num_heads=1, num_heads_kv=1)
+    check(case | {"softcap": softcap, "softmax_scale": softmax_scale})
+    low = case["q"][:, :1].expand_as(case["q"]), -case["q"][:, :1].expand_as(case["k"])  # where tanh is -1
+    check(case | {"q": low[0], "k": low[1], "softcap": softcap, "softmax_scale": 4.0})
+
+
+@pytest.mark.parametrize("approx", ["low", "high", "mixed"])
+@pytest.mark.parametrize("shape", ["bf16_d64_v64", "bf16_d128_v128"])
+def test_inexact_instructions(shape: str, approx: str, simulator) -> None:
+    """Bounds hold at the errors that PTX allows, over many rescalings."""
+    simulator.configure(f"approx={approx}")
+    case = inputs(shape, batch=1, seqlen_q=70, seqlen_k=1100, num_heads=2, num_heads_kv=1, sink=True)
+    check(case | {"causal": True})
+
+
 def test_results_of_huge_sinks(simulator) -> None:
     case = inputs("bf16_d64_v64", num_heads=4) | {"s_aux": torch.tensor([-torch.inf, 3e4, -3e4, 90.0])}
     check(case)

@@ -121,6 +121,7 @@ class AluTable {
 void add_integer_opcodes(AluTable& table);
 void add_bit_opcodes(AluTable& table);
 void add_float_opcodes(AluTable& table);
+void add_approximations(AluTable& table);
 void add_half_opcodes(AluTable& table);
 void add_conversions(AluTable& table);
 

@@ -79,18 +79,9 @@ void add_single(AluTable& t) {
         "copysign.f32");
 }
 
-// May differ from the hardware by 2 ulp.
-void add_special_functions(AluTable& t) {
-    one_float<[](float a) { return std::exp2(a); }>(t, "ex2.approx");
-    one_float<[](float a) { return std::log2(a); }>(t, "lg2.approx");
-    one_float<[](float a) { return std::sin(a); }>(t, "sin.approx");
-    one_float<[](float a) { return std::cos(a); }>(t, "cos.approx");
-    for (const char* kind : {".approx", ".rn"}) {
-        one_float<[](float a) { return 1 / a; }>(t, std::string("rcp") + kind);
-        one_float<[](float a) { return std::sqrt(a); }>(t, std::string("sqrt") + kind);
-    }
-    one_float<[](float a) { return 1 / std::sqrt(a); }>(t, "rsqrt.approx");
-    t.one<float, float, [](float a) { return std::tanh(a); }>("tanh.approx.f32");
+void add_exact_functions(AluTable& t) {
+    one_float<[](float a) { return 1 / a; }>(t, "rcp.rn");
+    one_float<[](float a) { return std::sqrt(a); }>(t, "sqrt.rn");
 }
 
 void add_double(AluTable& t) {
@@ -112,7 +103,7 @@ void add_double(AluTable& t) {
 
 void add_float_opcodes(AluTable& t) {
     add_single(t);
-    add_special_functions(t);
+    add_exact_functions(t);
     add_double(t);
 }
 

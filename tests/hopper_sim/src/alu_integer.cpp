@@ -177,6 +177,7 @@ const AluOpcode* find_alu(std::string_view opcode) {
         add_integer_opcodes(t);
         add_bit_opcodes(t);
         add_float_opcodes(t);
+        add_approximations(t);
         add_half_opcodes(t);
         add_conversions(t);
         return t;

@@ -26,6 +26,11 @@ const Names<Choice> kLeaders = {
 const Names<CtaOrder> kCtaOrders = {
     {"forward", CtaOrder::forward}, {"backward", CtaOrder::backward}, {"random", CtaOrder::random}};
 
+const Names<Approximations> kApproximations = {{"nearest", Approximations::nearest},
+                                               {"low", Approximations::low},
+                                               {"high", Approximations::high},
+                                               {"mixed", Approximations::mixed}};
+
 template <class T>
 void choose(T& field, const Names<T>& names, const std::string& value) {
     auto found = names.find(value);
@@ -61,6 +66,8 @@ const Names<Setter> kSetters = {
     {"quiet", [](Config& c, const std::string& v) { number(c.quiet, v); }},
     {"sticky", [](Config& c, const std::string& v) { number(c.sticky, v); }},
     {"fp8_acc", [](Config& c, const std::string& v) { number(c.fp8_accumulator_bits, v); }},
+    {"approx",
+     [](Config& c, const std::string& v) { choose(c.approximations, kApproximations, v); }},
     {"sms", [](Config& c, const std::string& v) { number(c.sms, v); }},
 };
 

@@ -13,6 +13,7 @@ enum class Policy { eager, lazy, random, null };
 enum class Late { nothing, reads, writes };  // the step of bulk stores that is held back
 enum class Choice { first, last, random };   // elected lane; next asynchronous operation
 enum class CtaOrder { forward, backward, random };
+enum class Approximations { nearest, low, high, mixed };  // on which side of the exact value
 
 struct Config {
     Policy policy = Policy::eager;
@@ -33,6 +34,7 @@ struct Config {
     bool sticky = false;
     bool quiet = false;            // messages only into the report
     u32 fp8_accumulator_bits = 0;  // 0: fp32
+    Approximations approximations = Approximations::nearest;
     u32 sms = 132;
 
     std::map<std::string, std::string> given;  // the last value of each option

@@ -24,6 +24,9 @@ const char* refusal(const TensorMapArguments& a) {
         if (a.element_strides[r] != 1) return "an element stride is not 1";
         if (r > 0 && (a.strides[r - 1] % 16 || a.strides[r - 1] >= 1ull << 40))
             return "a stride is not a multiple of 16 below 2^40";
+        // cuda.h makes each stride a multiple of the one before, times an extent. Dimensions in
+        // another order are in wide use; a stride of 0 is not.
+        if (r > 0 && a.strides[r - 1] == 0) return "a stride is 0";
     }
     u32 inner = a.box[0] * element, span = 16u << a.swizzle;
     if (inner % 16) return "the inner box side is not a multiple of 16 bytes";
