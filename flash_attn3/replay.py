@@ -18,43 +18,43 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from . import autograd, env, ops
+from . import autograd, env, extension, ops
 from .call import Call, Result, results, run
-from .checks import INT32_MAX, Checks
+from .checks import Checks
 from .problem import AppendProblem, AttentionProblem
 
 _is_grad_enabled, _is_deterministic = torch.is_grad_enabled, torch.are_deterministic_algorithms_enabled
 MAX_PLANS = 256  # for each function
 BOUNDS = ("max_seqlen_q", "max_seqlen_k")  # may differ in each step; no part of what a call means
-CONSTANTS = (type(None), bool, int, float, str)  # hashed by value, and cannot change
 
 Problem = AttentionProblem | AppendProblem
 
-_plans: list[dict[tuple, Plan]] = []  # of each function
+_plans: list[dict[bytes, Plan]] = []  # of each function
 
 
 def replayed(fn: Callable[..., Call]) -> Callable[..., Result]:
     """Make a function that checks its arguments and returns a `Call` one that runs it."""
     signature = inspect.signature(fn)
     parameters = tuple(signature.parameters)
-    plans: dict[tuple, Plan] = {}
+    key_of = _call_key(parameters)
+    plans: dict[bytes, Plan] = {}
     _plans.append(plans)
 
     @functools.wraps(fn)
     def wrapper(*args, **kwargs):
-        if not ops.is_plain():
+        if not ops.is_plain() or key_of is None:
             return run(fn(*args, **kwargs))
-        names, values = (*parameters[: len(args)], *kwargs), (*args, *kwargs.values())
-        key = _key(names, values)
+        key = key_of(args, kwargs, (_is_grad_enabled(), _is_deterministic(), env.backend, env.batch_invariant))
         if key is None:
             return run(fn(*args, **kwargs))
         plan = plans.get(key)
+        values = (*args, *kwargs.values())
         if plan is not None:
             return plan.run(values)
         call = fn(*args, **kwargs)
         if call.problem.q.is_meta:
             return run(call)
-        plan = _plan(call, names, values)
+        plan = _plan(call, (*parameters[: len(args)], *kwargs), values)
         if plan is not None:
             if len(plans) >= MAX_PLANS:
                 plans.clear()
@@ -65,29 +65,11 @@ def replayed(fn: Callable[..., Call]) -> Callable[..., Result]:
     return wrapper
 
 
-def _key(names: tuple[str, ...], values: tuple) -> tuple | None:
-    """All that checks look at; None for values that a key cannot hold, and for tensors that need the dispatcher."""
-    parts: list[Any] = [names, _is_grad_enabled(), _is_deterministic(), env.backend, env.batch_invariant]
-    tensors: list[int] = []
-    try:
-        for name, x in zip(names, values, strict=False):
-            kind = type(x)
-            if kind is Tensor or kind is Parameter:
-                if x.is_neg():
-                    return None
-                tensors.append(id(x))
-                parts += (x.shape, x.stride(), x.dtype, x.device, x.requires_grad)
-            elif kind in CONSTANTS:
-                parts += (kind, 0 <= x <= INT32_MAX) if kind is int and name in BOUNDS else (kind, x)
-            elif kind is tuple and all(type(item) in CONSTANTS for item in x):
-                parts += (kind, tuple(map(type, x)), x)
-            else:
-                return None
-    except RuntimeError:  # of a tensor that has no sizes or no strides: nested, sparse
+def _call_key(parameters: tuple[str, ...]) -> Any:
+    """Makes the key of a call, of all that its checks look at; None without `_C`."""
+    if extension.unavailable_reason() is not None:
         return None
-    if len(set(tensors)) < len(tensors):  # one tensor in two places: which of them are the same is part of the plan
-        parts.append(tuple(map(tensors.index, tensors)))
-    return tuple(parts)
+    return extension.load().CallKey(parameters, (Tensor, Parameter), frozenset(BOUNDS))
 
 
 class Template(NamedTuple):

@@ -46,7 +46,8 @@ def test_a_replayed_call_equals_a_checked_one(layout: str, plans_made, monkeypat
     other |= {name: torch.randn_like(case[name]) for name in ("q", "k", "v")}
     replayed = call(other, **options)
     assert plans_made == [True]
-    monkeypatch.setattr(replay, "_key", lambda *_: None)
+    for plans in replay._plans:
+        plans.clear()
     checked = call(other, **options)
     assert all(bitwise_equal(a, b) for a, b in zip(replayed, checked, strict=True))
 
@@ -185,3 +186,54 @@ def test_host_time_of_a_replayed_call_has_no_checks(monkeypatch: pytest.MonkeyPa
     flash_attn3.flash_attn_func(q, q, q, softcap=1.25)
     monkeypatch.setattr(checks.Checks, "__init__", None)
     flash_attn3.flash_attn_func(q, q, q, softcap=1.25)
+
+
+def test_a_key_holds_all_that_checks_look_at() -> None:
+    def keys(*args, state=(True,), **kwargs) -> bytes | None:
+        return of(args, kwargs, state)
+
+    of = replay._call_key(("q", "k", "v", "causal", "max_seqlen_q"))
+    x, y = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
+    different = [
+        keys(x, y),
+        keys(x, x),
+        keys(x, y, state=(False,)),
+        keys(x, k=y),
+        keys(x, v=y),
+        keys(x, y, x),
+        keys(x, y, y),
+        keys(x.half(), y),
+        keys(x.bfloat16(), y),
+        keys(x.transpose(0, 1), y),
+        keys(x.transpose(0, 1).contiguous(), y),
+        keys(x.clone().requires_grad_(), y),
+        keys(x.to("meta"), y),
+        keys(x[0], y),
+        keys(x[:1, :1, :1].expand(2, 3, 4), y),
+        keys(x.to_sparse(), y),  # has strides of 0 too
+        *(keys(x, value) for value in (None, 1, True, 0, False, 0.0, 1.0, "1", "", (), (1,), (True,), (1, 1), (None,))),
+        keys(x, 2**62),
+        keys(x, -1),
+    ]
+    assert None not in different
+    assert len(set(different)) == len(different)
+    assert keys(x, y) == keys(y, x) == keys(x.clone(), torch.nn.Parameter(y, requires_grad=False))
+    assert keys(x, y, x) == keys(y, x, y)
+    bounds = [keys(x, max_seqlen_q=bound) for bound in (0, 1, 2**31 - 1)]
+    assert len(set(bounds)) == 1
+    assert keys(x, max_seqlen_q=-1) == keys(x, max_seqlen_q=2**31) != bounds[0]
+    assert keys(x, y, x, True, 5) == keys(x, y, x, True, 6) != keys(x, y, x, True, True)
+
+
+def test_what_a_key_cannot_hold_is_checked_each_time() -> None:
+    of = replay._call_key(("q", "k"))
+    x = torch.randn(3, 4)
+
+    class Subclass(torch.Tensor):
+        pass
+
+    nested = torch.nested.nested_tensor([x, x])
+    for value in (2**63, [1], ((1,),), (x,), x.as_subclass(Subclass), x.to_sparse_csr(), nested, object(), 1j, {}):
+        assert of((x, value), {}, ()) is None
+    assert of((x, x, x), {}, ()) is None
+    assert of((x,), {"k": x}, ()) is not None
