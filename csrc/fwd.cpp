@@ -9,7 +9,7 @@
 namespace fa3 {
 namespace {
 
-// Tiles of `positions` rows of `pack` heads.
+// Boxes of `positions` rows of `pack` heads.
 TensorMapSpec packed_map(const char* tensor, Dtype dtype, const TensorView& x, int pack,
                          int positions) {
     return map_spec(tensor, dtype,
@@ -101,7 +101,9 @@ PreparedFwd::PreparedFwd(Kernel& kernel, const Tensors& tensors, const Options& 
       dynamic_(options.dynamic) {
     const TensorView q = batched(tensors.q), qv = batched(tensors.qv), k = batched(tensors.k);
     const TensorView v = batched(tensors.v), &queries = q.rank > 0 ? q : qv;
-    const int positions = function_.abi.block_m / options.pack;
+    // Boxes of the rows of a consumer, unless the heads of a position would lie in two.
+    const int box_rows = kWarpgroupRows % options.pack == 0 ? kWarpgroupRows : function_.abi.block_m;
+    const int positions = params_.q_box_positions = box_rows / options.pack;
     params_.has_q = q.rank > 0;
     params_.has_qv = qv.rank > 0;
     if (params_.has_q) q_map_ = packed_map("q", options.dtype, q, options.pack, positions);

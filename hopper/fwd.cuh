@@ -73,7 +73,7 @@ struct Fwd {
 
     using Element = unsigned short;
     using Barrier = sm90::Mbarrier;
-    using Places = cute::conditional_t<kThreadsCopy, typename RowLoader<kN>::Places, BoxPlaces<kN>>;
+    using Places = cute::conditional_t<kThreadsCopy, RowPlaces<kN>, BoxPlaces<kN>>;
     static constexpr int kArrivals = kThreadsCopy ? 128 : 1;  // at k_full, v_full, beside bytes
 
     struct Smem {
@@ -82,7 +82,7 @@ struct Fwd {
         alignas(1024) Element v[kStages][kPanelsV][kN][kPanel];
         Places places;
         Schedule schedule;
-        Barrier q_full, q_empty;
+        Barrier q_full[kConsumers], q_empty;  // by boxes of Q
         Barrier k_full[kStages], k_empty[kStages];
         Barrier v_full[kStages], v_empty[kStages];
         Barrier v_inspected[kStages];         // by the guards; of blocks that a mask cuts
@@ -99,7 +99,7 @@ struct Fwd {
                 sm90::init(s.schedule.full[i], 1);
                 sm90::init(s.schedule.empty[i], kGuards + (kThreadsCopy ? 0 : 1) + kConsumerWarps);
             }
-            sm90::init(s.q_full, 1);
+            for (Barrier& full : s.q_full) sm90::init(full, 1);
             sm90::init(s.q_empty, kConsumerWarps);
             if constexpr (!kThreadsCopy) {
                 sm90::prefetch(p.k.map);
@@ -181,12 +181,21 @@ struct Fwd {
         }
     }
 
+    static __device__ int box_of(const FwdParams& p, const Work& work, int warpgroup) {
+        return p.q_box_positions < work.positions ? warpgroup : 0;
+    }
+
     static __device__ void load_q(const FwdParams& p, Smem& s, const Work& work) {
         sm90::wait(s.q_empty, work.loads & 1 ^ 1);
-        sm90::arrive_expect(s.q_full, kPanels * work.positions * p.pack * kRowBytes);
-        for (int i = 0; i < kPanels; ++i) {
-            sm90::load(p.q_map, s.q_full, sm90::CacheHint::EVICT_FIRST, s.q[i], i * kPanel, 0,
-                       work.seq.first_row + work.position, work.tile.head, work.seq.q_batch);
+        const int positions = p.q_box_positions;
+        for (int box = 0; box <= box_of(p, work, kConsumers - 1); ++box) {
+            sm90::arrive_expect(s.q_full[box], kPanels * positions * p.pack * kRowBytes);
+            for (int i = 0; i < kPanels; ++i) {
+                sm90::load(p.q_map, s.q_full[box], sm90::CacheHint::EVICT_FIRST,
+                           s.q[i][box * kWarpgroupRows], i * kPanel, 0,
+                           work.seq.first_row + work.position + box * positions, work.tile.head,
+                           work.seq.q_batch);
+            }
         }
     }
 
@@ -415,7 +424,7 @@ struct Fwd {
                 };
 
                 see();
-                sm90::wait(s.q_full, work.loads & 1);
+                sm90::wait(s.q_full[box_of(p, work, warpgroup)], work.loads & 1);
                 await_k();
                 issue_qk();
                 sm90::mma_wait<0>();

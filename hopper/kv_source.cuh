@@ -64,6 +64,9 @@ __device__ void load_boxes(const FwdParams& p, const KeyTensor& x, const Sequenc
     }
 }
 
+template <int kN>
+using RowPlaces = KeyPlace[2][kN];  // of the keys of block n at n & 1
+
 // Rows of pages that no box fits, by the four warps of the producer warpgroup, a quarter of a block
 // each. A lane finds the place of one row a block before it is needed; V, a block behind K, finds
 // the places where K found them.
@@ -73,9 +76,7 @@ class RowLoader {
     static_assert(kWarpRows % 4 == 0 && kWarpRows <= 32);
 
   public:
-    using Places = KeyPlace[2][kN];  // of block n at n & 1
-
-    __device__ RowLoader(const FwdParams& p, Places& places, const Sequence& seq, int head,
+    __device__ RowLoader(const FwdParams& p, RowPlaces<kN>& places, const Sequence& seq, int head,
                          int warp, const KeyBlocks& blocks)
         : p(p), places(places), seq(seq), head(head), first_row(warp * kWarpRows), end(blocks.lo) {
         find(blocks.hi - 1);
@@ -115,7 +116,7 @@ class RowLoader {
 
   private:
     const FwdParams& p;
-    Places& places;
+    RowPlaces<kN>& places;
     const Sequence& seq;
     const int head, first_row, end;
     KeyPlace next;

@@ -46,7 +46,7 @@ struct Mla {
 
     using Element = unsigned short;
     using Barrier = sm90::Mbarrier;
-    using Places = cute::conditional_t<kThreadsCopy, typename RowLoader<kN>::Places, BoxPlaces<kN>>;
+    using Places = cute::conditional_t<kThreadsCopy, RowPlaces<kN>, BoxPlaces<kN>>;
     static constexpr int kArrivals = kThreadsCopy ? 128 : 1;  // at kv_full, of K or V, beside bytes
 
     // What a thread of the first warpgroup leaves to its fellow of the second.

@@ -55,7 +55,7 @@ struct KeyTensor {
 struct FwdParams {
     // `pack` query heads of one KV head make neighbouring rows of a tile: row r holds position
     // r / pack of head r % pack. Maps of tensors without elements are not read.
-    CUtensorMap q_map;   // (d, pack, seqlen_q, h / pack, b); box (kPanel, pack, block_m / pack)
+    CUtensorMap q_map;   // (d, pack, seqlen_q, h / pack, b); box (kPanel, pack, q_box_positions)
     CUtensorMap qv_map;  // the same of Qv, with dv: scores gain Qv V^T; for kernels that take it
     KeyTensor k, v;
 
@@ -86,6 +86,7 @@ struct FwdParams {
     int* status;  // a bit for each Argument of which something had to be clamped; may be null
 
     int batch, seqlen_q, seqlen_k_new, num_heads, num_heads_kv, head_dim, head_dim_v, pack;
+    int q_box_positions;  // of the map of Q; times `pack` the rows of a consumer, or of the tile
     int seqlen_k;    // slots of a batch entry, or of a row of the page table
     int cache_rows;  // of K, or of the page table
     int page_size, num_pages;
