@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Packs what a machine with a GPU may lack into one file, which gpu_session.sh unpacks there: the compiled kernels and
-the Python packages that the tests import. It runs where CUTLASS is, and compiles the kernels that are not compiled yet.
+"""Packs what a machine with a GPU may lack into one file, which gpu_session.sh unpacks there: the compiled kernels,
+those of sweep_fwd.py too, and the Python packages that the tests import. It runs where CUTLASS is, and compiles the
+kernels that are not compiled yet.
 
     python benchmarks/gpu_pack.py [FILE]     default build/gpu_session.tar.xz
 """
@@ -12,6 +13,8 @@ import sys
 import tarfile
 import tempfile
 from pathlib import Path
+
+import sweep_fwd
 
 from flash_attn3 import build, variants
 from flash_attn3.build import batch, manifest
@@ -54,7 +57,8 @@ def add_package(archive: tarfile.TarFile, name: str) -> None:
 
 def main(file: Path) -> int:
     file.parent.mkdir(parents=True, exist_ok=True)
-    made = dict(batch.compile_all(variants.all_variants(), batch.default_jobs(), build.obtain))
+    kernels = dict.fromkeys((*variants.all_variants(), *sweep_fwd.all_kernels()))
+    made = dict(batch.compile_all(list(kernels), batch.default_jobs(), build.obtain))
     if failed := [result for result in made.values() if isinstance(result, ToolchainError)]:
         print(*failed, sep="\n", file=sys.stderr)
         return 1

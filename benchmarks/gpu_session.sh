@@ -19,7 +19,7 @@ cd "$(dirname "$0")/.."
 out=$(realpath -m "${1:-benchmarks/results}")
 peers=${2:+--peers $(realpath "$2")}
 seconds=${SECONDS_PER_CASE:-1}
-stages=${STAGES:-build info instructions hopper memcheck decode fwd bwd host triton}
+stages=${STAGES:-build info instructions hopper memcheck decode fwd sweep bwd host triton}
 budget=${BUDGET:-700}
 dry=${DRY:-0}
 pack=build/gpu_session.tar.xz
@@ -80,6 +80,8 @@ for stage in $stages; do
         host) bench host 40 ;;
         # shellcheck disable=SC2086  # peers is two words or none
         decode | fwd | bwd) bench "$stage" 100 $peers ;;
+        sweep) # shellcheck disable=SC2046  # no word or one
+            run sweep 90 python3 benchmarks/sweep_fwd.py --seconds "$seconds" --out "$out" $([ "$dry" = 0 ] || echo --list) ;;
         *) echo "no stage $stage" && status=1 ;;
     esac
 done

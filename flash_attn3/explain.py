@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
-from . import runtime
+from . import runtime, variants
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class Explanation:
 
     def __str__(self) -> str:
         lines = [f"{self.function} runs on the {self.backend} backend ({self.kernel})."]
+        lines += [f"  {note}" for note in variants.notes(self.kernel)]
         return "\n".join(lines + [f"  not {reason}" for reason in self.reasons])
 
 

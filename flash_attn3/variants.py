@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from .kernels import (
     AppendVariant,
@@ -32,9 +32,24 @@ if TYPE_CHECKING:
 
 DTYPES = {"torch.bfloat16": "bf16", "torch.float16": "fp16"}
 
-# Keys of a tile by (head_dim, head_dim_v): as many as fit, with two stages and no spill, into 227 KB of shared memory
-# and 240 registers of a thread. One for all masks and all sizes of the query tile, which therefore move no bits.
-BLOCK_N = {(64, 64): 128, (96, 96): 128, (128, 128): 128, (192, 128): 128, (192, 192): 112, (256, 256): 80}
+
+class Tile(NamedTuple):
+    block_n: int  # keys
+    reason: str  # why not more
+
+
+# By (head_dim, head_dim_v), of what fits, with two stages and no spill, into 227 KB of shared memory and 240 registers
+# of a thread. One for all masks and all sizes of the query tile, which therefore move no bits. Causal masks want few
+# keys: a block at the diagonal is computed whole. What full masks gain by more is to be timed: benchmarks/sweep_fwd.py.
+FWD_TILES = {
+    (64, 64): Tile(128, "192 fit, too, but masks cut larger tiles more often"),
+    (96, 96): Tile(128, "192 fit, too, but masks cut larger tiles more often"),
+    (128, 128): Tile(128, "176 fit, too (192 spill registers), but masks cut larger tiles more often"),
+    (192, 128): Tile(128, "144 exceed shared memory"),
+    (192, 192): Tile(112, "128 exceed shared memory"),
+    (256, 256): Tile(80, "96 exceed shared memory"),
+}
+BLOCK_N = {dims: tile.block_n for dims, tile in FWD_TILES.items()}
 MLA_DIMS = ((64, 256), (64, 512))  # of kernels whose values are keys too
 SWIZZLE_ROWS = 8  # of 128 bytes, the period of the swizzle in shared memory
 SMALL_TILE = 64  # query rows, for calls that have no more of them: half the work of a tile of 128
@@ -101,6 +116,17 @@ def all_variants() -> tuple[Variant, ...]:
 def by_name(name: str) -> Variant | None:
     """The kernel of this name; of a forward also one that is not in the list."""
     return next((variant for variant in all_variants() if variant.name == name), None) or FwdVariant.named(name)
+
+
+def notes(names: str) -> list[str]:
+    """A line for each forward among kernels named like `kernel_name`: its tile, and why it is that."""
+    found = (by_name(name) for name in names.split(", "))
+    return [
+        f"{v.block_m} x {v.block_n} tiles of queries and keys, {v.tile_bytes // 1024} KB of shared memory: "
+        f"{FWD_TILES[v.head_dim, v.head_dim_v].reason}"
+        for v in found
+        if isinstance(v, FwdVariant)
+    ]
 
 
 def only_qv(p: AttentionProblem) -> bool:

@@ -36,9 +36,8 @@ def run(args: argparse.Namespace) -> int:
     if args.list + args.all + bool(args.names) != 1 or (args.list and args.check):
         return _refuse("give names of kernels, or --all, or --list alone")
     if args.list:
-        print(
-            "\n".join(f"{variant.name}  {'compiled' if find(variant) else '-'}" for variant in variants.all_variants())
-        )
+        for variant in variants.all_variants():
+            print(variant.name, "compiled" if find(variant) else "-", *variants.notes(variant.name), sep="  ")
         return 0
     chosen = list(variants.all_variants()) if args.all else list(map(variants.by_name, dict.fromkeys(args.names)))
     if None in chosen:

@@ -97,5 +97,7 @@ def test_why_names_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     q = torch.randn(2, 8, 4, 64, device="meta", dtype=torch.float16)
     monkeypatch.setattr(runtime, "_missing", lambda *_: None)
     found = why(flash_attn_func, q, q, q, backend="hopper")
-    assert str(found) == f"flash_attn_func runs on the hopper backend ({found.kernel})."
+    first, tile = str(found).splitlines()
+    assert first == f"flash_attn_func runs on the hopper backend ({found.kernel})."
     assert found.kernel.startswith("fwd_fp16_d64_v64_")
+    assert tile.startswith("  64 x 128 tiles of queries and keys, 72 KB of shared memory: ")

@@ -53,6 +53,15 @@ def test_a_forward_that_is_not_in_the_list_is_found_by_its_name() -> None:
         assert variants.by_name(wide.name) == wide
 
 
+def test_tiles_have_room_and_the_next_ones_have_none_where_the_reason_says_so() -> None:
+    for (d, dv), tile in variants.FWD_TILES.items():
+        used = variants.FwdVariant("bf16", d, dv, block_n=tile.block_n)
+        assert used.is_possible() and variants.notes(f"{used.name}, bwd")[0].endswith(tile.reason)
+        more = int(tile.reason.split()[0])
+        larger = dataclasses.replace(used, block_n=more)
+        assert more > tile.block_n and larger.is_possible() == (" fit" in tile.reason)
+
+
 @pytest.mark.parametrize(
     "change", [{"block_n": 208}, {"block_n": 120}, {"stages": 1}, {"stages": 4}, {"block_m": 96}, {"head_dim": 120}]
 )
