@@ -5,6 +5,7 @@
 #include "mbarrier.h"
 #include "memory.h"
 #include "numbers.h"
+#include "trace.h"
 
 namespace hopper_sim {
 
@@ -180,6 +181,7 @@ void issue(Cluster& cluster, AsyncOperation op) {
     (op.is_load() ? grid.report->statistics.tma_bytes_in : grid.report->statistics.tma_bytes_out) +=
         op.bytes;
     op.end = op.warp->now() + kCopyTicks;
+    note_span(*op.warp, SpanKind::copy, op.at->line, op.warp->now(), op.end);
     if (op.group) {
         ++op.group->unread, ++op.group->unwritten, ++op.group->operations;
         op.group->end = op.end;

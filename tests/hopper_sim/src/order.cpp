@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
 #include "machine.h"
+#include "trace.h"
 
 namespace hopper_sim {
 
@@ -22,6 +23,7 @@ void Warp::acquire(const Order& from, Stall stall) {
 void Warp::wait_until(u64 tick, Stall stall) {
     if (tick <= now()) return;
     cta->grid().report->statistics.role(id).stalls[static_cast<size_t>(stall)] += tick - now();
+    note_span(*this, SpanKind::waiting, 0, now(), tick);
     waited += tick - now();
 }
 

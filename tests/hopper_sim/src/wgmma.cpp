@@ -8,6 +8,7 @@
 
 #include "decode.h"
 #include "memory.h"
+#include "trace.h"
 
 namespace hopper_sim {
 
@@ -140,7 +141,9 @@ SharedOperand& shared_b(Warp& w, const Instruction& i, const Shape& shape, u64 b
     if (operand.users++ == 0) {
         operand.descriptor = bits;
         u64& free = w.cta->tensor_core_free;
-        free = operand.end = std::max(free, w.now()) + shape.n / 2;
+        const u64 begin = std::max(free, w.now());
+        free = operand.end = begin + shape.n / 2;
+        note_span(w, SpanKind::product, i.line, begin, free);
         operand.values.resize(static_cast<size_t>(shape.k) * shape.n);
         read_b(OperandReader(w, i, bits, shape.type, operand.pieces), shape, operand.values.data());
     } else if (operand.descriptor != bits) {
