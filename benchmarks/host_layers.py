@@ -27,6 +27,7 @@ from tests import hopper_sim
 ITERATIONS = 20  # short, so that some rounds are never interrupted
 ROUNDS_PER_SECOND = 200
 NULL = "null driver"
+TRAINING = "flash_attn_func, forward+backward"
 
 
 class Recorder:
@@ -46,7 +47,15 @@ def calls() -> dict[str, Callable[[], Any]]:
     q, k, v = (torch.randn(8, 1, heads, 128).bfloat16() for heads in (32, 8, 8))
     caches = [torch.randn(8, 4096, 8, 128).bfloat16() for _ in range(2)]
     lengths = torch.full((8,), 1000, dtype=torch.int32)
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+
+    def train() -> Any:
+        with torch.enable_grad():
+            out = flash_attn3.flash_attn_func(*leaves, causal=True, backend="hopper")
+        return torch.autograd.grad(out, leaves, q)
+
     return {
+        TRAINING: train,
         "flash_attn_func": partial(flash_attn3.flash_attn_func, q, k, v, causal=True, backend="hopper"),
         "flash_attn_with_kvcache": partial(
             flash_attn3.flash_attn_with_kvcache, q, *caches, cache_seqlens=lengths, num_splits=1, backend="hopper"
@@ -63,25 +72,27 @@ def measure(name: str, effort: Effort) -> list[Row]:
     driver = hopper_sim.Driver(Path(library))
     driver.configure("policy=eager")  # to load the kernel
     with torch.no_grad():
-        functions = layers(calls()[name])
+        functions = layers(calls()[name], "bwd" if name == TRAINING else "fwd")
         driver.configure("policy=null")
         rounds = max(3, int(effort.budget * ROUNDS_PER_SECOND))
         best = {layer: min(on_cpu(run, ITERATIONS) for _ in range(rounds)) for layer, run in functions.items()}
     return [{"contestant": layer, "status": "ok", "ms": 1e3 * seconds} for layer, seconds in split(best).items()]
 
 
-def layers(run: Callable[[], Any]) -> dict[str, Callable[[], Any]]:
-    """The call, and the calls that it makes one inside the other."""
-    launched, backend, attend = Recorder(launch.run), Recorder(hopper.fwd), Recorder(ops.DIRECT.fwd)
+def layers(run: Callable[[], Any], operation: str) -> dict[str, Callable[[], Any]]:
+    """The call, and the calls that it makes one inside the other, of which the last ones are of `operation`."""
     direct = ops.DIRECT
-    launch.run, hopper.fwd, ops.DIRECT = launched, backend, direct._replace(fwd=attend)
+    launched, backend, attend = map(Recorder, (launch.run, getattr(hopper, operation), getattr(direct, operation)))
+    launch.run, ops.DIRECT = launched, direct._replace(**{operation: attend})
+    setattr(hopper, operation, backend)
     try:
         run()  # the first call is checked, the second replayed
         run()
     finally:
-        launch.run, hopper.fwd, ops.DIRECT = launched.function, backend.function, direct
+        launch.run, ops.DIRECT = launched.function, direct
+        setattr(hopper, operation, backend.function)
     return {
-        "checks, replayed": run,
+        "checks, replayed" if operation == "fwd" else "the forward, autograd": run,
         "outputs": partial(attend.function, *attend.arguments),
         "kernel, prepared": partial(backend.function, *backend.arguments),
         "_C: addresses, tensor maps, launch": partial(launched.function, *launched.arguments),

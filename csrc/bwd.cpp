@@ -135,7 +135,7 @@ bool PreparedBwd::launch(const Addresses& at, CUstream stream) const {
     run(main_, products ? key_blocks * params.num_splits : 0, true);
     run(postprocess_,
         (at.dq ? row_blocks : 0) + (at.dsink ? params.num_heads : 0) +
-            (products && params.num_splits > 1 ? key_blocks : 0),
+            ((at.dk || at.dv) && params.num_splits > 1 ? key_blocks : 0),
         true);
     return true;
 }

@@ -115,7 +115,8 @@ struct BwdTensorsOf {
     T cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k;
     T sink;    // (h,), if dsink is wanted
     T status;  // (1,): what had to be clamped
-    T lse_log2, delta, dq_accum, weightless, semaphores, dsink_parts;  // see BwdParams
+    // See BwdParams; absent where nothing that is wanted needs it.
+    T lse_log2, delta, dq_accum, weightless, semaphores, dsink_parts;
     T dk_parts, dv_parts;  // as dk, dv with the splits in front, fp32
 };
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
@@ -13,42 +14,51 @@ from . import ops
 from .checks import FP8
 from .errors import UnsupportedError, message
 from .ops import NAMESPACE, PROBLEM_FIELDS
-from .problem import AttentionProblem
+from .problem import AttentionProblem, assembled
 
 _GRADIENTS = ("q", "k", "v", "s_aux")
 _GRADIENT_POSITIONS = tuple(PROBLEM_FIELDS.index(name) for name in _GRADIENTS)
 _NUM_TENSORS = PROBLEM_FIELDS.index("max_seqlen_q")  # the fields before it are tensors, those from it on are not
-_NUM_ARGUMENTS = len(PROBLEM_FIELDS) + 1
+_TENSORS = PROBLEM_FIELDS[:_NUM_TENSORS]
+_NO_TENSORS = dict.fromkeys(_TENSORS)
+_NO_GRADIENTS = (None,) * (len(PROBLEM_FIELDS) + 1 - _NUM_TENSORS)  # of the others, and of the backend's name
 
 
-def backward(arguments: tuple, dout: Tensor | None, out: Tensor, lse: Tensor, dlse: Tensor | None, wanted: list[bool]):
-    """Gradients of (q, k, v, s_aux), None where not wanted; a missing `dout` is zero."""
-    if dout is None:
-        dout = torch.zeros_like(out)
-    plain = type(dout) is Tensor and not torch.is_grad_enabled() and ops.is_plain()
-    grads = (ops.DIRECT if plain else ops.DISPATCHED).bwd(*arguments, dout, out, lse, dlse, wanted)
-    return [grad if want else None for grad, want in zip(grads, wanted, strict=True)]
-
-
-def _fwd_setup(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _save(ctx: Any, tensors: tuple, output: tuple[Tensor, Tensor, Tensor | None]) -> None:
     out, lse, max_logits = output
-    ctx.save_for_backward(*inputs[:_NUM_TENSORS], out, lse)
-    ctx.scalars = inputs[_NUM_TENSORS:]
+    ctx.save_for_backward(*tensors, out, lse)
     if max_logits is not None:
         ctx.mark_non_differentiable(max_logits)
     ctx.set_materialize_grads(False)
 
 
-def _fwd_backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: None) -> tuple:
-    result: list[Tensor | None] = [None] * _NUM_ARGUMENTS
-    wanted = [ctx.needs_input_grad[position] for position in _GRADIENT_POSITIONS]
+def _gradients(
+    ctx: Any, first: int, dout: Tensor | None, dlse: Tensor | None, problem: Callable[..., AttentionProblem]
+) -> list[Tensor | None]:
+    """Of the tensors of a problem, which are the inputs from `first` on; `problem` makes it of them again."""
+    result: list[Tensor | None] = [None] * _NUM_TENSORS
+    wanted = [ctx.needs_input_grad[first + position] for position in _GRADIENT_POSITIONS]
     if (dout is None and dlse is None) or not any(wanted):
-        return tuple(result)
+        return result
     *tensors, out, lse = ctx.saved_tensors
-    grads = backward((*tensors, *ctx.scalars), dout, out, lse, dlse, wanted)
-    for position, grad in zip(_GRADIENT_POSITIONS, grads, strict=True):
-        result[position] = grad if grad is None else grad.to(tensors[position].dtype)
-    return tuple(result)
+    if dout is None:
+        dout = torch.zeros_like(out)
+    plain = type(dout) is Tensor and not torch.is_grad_enabled() and ops.is_plain()
+    via = ops.DIRECT if plain else ops.DISPATCHED
+    grads = via.bwd(problem(*tensors), ctx.backend, dout, out, lse, dlse, wanted)
+    for position, grad, want in zip(_GRADIENT_POSITIONS, grads, wanted, strict=True):
+        result[position] = grad.to(tensors[position].dtype) if want else None
+    return result
+
+
+def _fwd_setup(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+    _save(ctx, inputs[:_NUM_TENSORS], output)
+    *ctx.scalars, ctx.backend = inputs[_NUM_TENSORS:]
+
+
+def _fwd_backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: None) -> tuple:
+    grads = _gradients(ctx, 0, dout, dlse, lambda *tensors: AttentionProblem(*tensors, *ctx.scalars))
+    return (*grads, *_NO_GRADIENTS)
 
 
 def _no_second_derivative(ctx: Any, *_: Tensor | None) -> NoReturn:
@@ -107,15 +117,23 @@ class Attention(torch.autograd.Function):
     """The op `fwd` with its gradients, past the dispatcher, whose registered gradients cost 0.4 ms of host time."""
 
     @staticmethod
-    def forward(ctx, *arguments):
-        results = ops.DIRECT.fwd(AttentionProblem(*arguments[:-1]), arguments[-1])
-        _fwd_setup(ctx, arguments, results)
+    def forward(ctx, p, backend, *tensors):
+        results = ops.DIRECT.fwd(p, backend)
+        _save(ctx, tensors, results)
+        ctx.attributes, ctx.backend = vars(p) | _NO_TENSORS, backend  # with what is prepared for it
         return results
 
-    backward = staticmethod(_fwd_backward)
+    @staticmethod
+    def backward(ctx, dout, dlse, _):
+        def problem(*tensors: Tensor | None) -> AttentionProblem:
+            return assembled(AttentionProblem, ctx.attributes | dict(zip(_TENSORS, tensors, strict=True)))
+
+        return (None, None, *_gradients(ctx, 2, dout, dlse, problem))
 
 
-DIFFERENTIABLE = ops.DIRECT._replace(fwd=lambda p, backend: Attention.apply(*p.arguments(), backend))
+DIFFERENTIABLE = ops.DIRECT._replace(
+    fwd=lambda p, backend: Attention.apply(p, backend, *(getattr(p, name) for name in _TENSORS))
+)
 
 
 # Attention on packed tensors
@@ -147,12 +165,16 @@ class PackedAttention(torch.autograd.Function):
     def backward(ctx, dout, dlse, _):
         q, packed, s_aux, out, lse = ctx.saved_tensors
         arguments = _packed_arguments(q, packed, s_aux, ctx.num_heads_q, ctx.scalars)
-        dq = None if q is None else torch.empty_like(q, memory_format=torch.contiguous_format)
-        dpacked = torch.empty_like(packed, memory_format=torch.contiguous_format)
-        dsink = None if s_aux is None else s_aux.new_empty(s_aux.shape, dtype=torch.float32)
+        needs_q, needs_packed, needs_sink, *_ = ctx.needs_input_grad
+        dq = torch.empty_like(q, memory_format=torch.contiguous_format) if needs_q else None
+        dpacked = torch.empty_like(packed, memory_format=torch.contiguous_format) if needs_packed else None
+        dsink = s_aux.new_empty(s_aux.shape, dtype=torch.float32) if needs_sink else None
         dout = torch.zeros_like(out) if dout is None else dout
+        grads = (None, None, None) if dpacked is None else unpack(q, dpacked, ctx.num_heads_q)
+        if q is not None:
+            grads = (dq, *grads[1:])
         with torch.no_grad():  # grad mode is on under create_graph
-            ops.bwd_out(*arguments, dout, out, lse, dlse, *unpack(dq, dpacked, ctx.num_heads_q), dsink)
+            ops.bwd_out(*arguments, dout, out, lse, dlse, *grads, dsink)
         if dsink is not None:
             dsink = dsink.to(s_aux.dtype)
         grads = _FirstDerivative.apply(dout, q, packed, s_aux, dq, dpacked, dsink)

@@ -108,13 +108,21 @@ class BwdVariant(Variant):
     stages: int = 2  # tiles of Q in shared memory
     stages_dout: int = 2  # of dout
     softcap: bool = False
+    dq: bool = True  # gradients that it can compute
+    dk: bool = True
+    dv: bool = True
 
     @property
     def name(self) -> str:
         return (
             f"bwd_{self.dtype}_d{self.head_dim}_v{self.head_dim_v}_m{self.block_m}_n{self.block_n}_w{self.consumers}"
-            f"_s{self.stages}{self.stages_dout}" + "_cap" * self.softcap
+            f"_s{self.stages}{self.stages_dout}" + "_cap" * self.softcap + self._some
         )
+
+    @property
+    def _some(self) -> str:
+        names = [name for name in ("dq", "dk", "dv") if getattr(self, name)]
+        return "" if len(names) == 3 else "_only_" + "".join(names)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import fields
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -151,12 +151,21 @@ def _empty_grads(p: AttentionProblem, wanted: list[bool]) -> list[Tensor]:
     ]
 
 
-def _bwd(*arguments) -> tuple[Tensor, ...]:
-    p = AttentionProblem(*arguments[:_NUM_PROBLEM])
-    wanted = arguments[-1]
+def _gradients(p: AttentionProblem, backend: str, *given: Any) -> tuple[Tensor, ...]:
+    *given, wanted = given
     grads = _empty_grads(p, wanted)
-    _bwd_out(*arguments[:-1], *(grad if want else None for grad, want in zip(grads, wanted, strict=True)))
+    _gradients_into(p, backend, *given, *(grad if want else None for grad, want in zip(grads, wanted, strict=True)))
     return tuple(grads)
+
+
+def _gradients_into(p: AttentionProblem, backend: str, dout: Tensor, *others: Tensor | None) -> None:
+    dout = dout if dout.stride(-1) == 1 else dout.contiguous()
+    runtime.backend(backend).bwd(p, dout, *others)
+    _written(*others[3:])
+
+
+def _bwd(*arguments) -> tuple[Tensor, ...]:
+    return _gradients(AttentionProblem(*arguments[:_NUM_PROBLEM]), *arguments[_NUM_PROBLEM:])
 
 
 def _bwd_fake(*arguments) -> tuple[Tensor, ...]:
@@ -164,11 +173,7 @@ def _bwd_fake(*arguments) -> tuple[Tensor, ...]:
 
 
 def _bwd_out(*arguments) -> None:
-    p = AttentionProblem(*arguments[:_NUM_PROBLEM])
-    backend, dout, out, lse, dlse, *grads = arguments[_NUM_PROBLEM:]
-    dout = dout if dout.stride(-1) == 1 else dout.contiguous()
-    runtime.backend(backend).bwd(p, dout, out, lse, dlse, *grads)
-    _written(*grads)
+    _gradients_into(AttentionProblem(*arguments[:_NUM_PROBLEM]), *arguments[_NUM_PROBLEM:])
 
 
 def _nothing(*arguments) -> None:
@@ -319,16 +324,16 @@ class Operations(NamedTuple):
     fwd: Callable[[AttentionProblem, str], tuple[Tensor, Tensor, Tensor | None]]
     fwd_out: Callable[[AttentionProblem, str, Tensor], tuple[Tensor, Tensor | None]]
     append_kv: Callable[[AppendProblem, str], Tensor | None]  # rotated queries
-    bwd: Callable[..., tuple[Tensor, ...]]
+    bwd: Callable[..., tuple[Tensor, ...]]  # of a problem, its backend, then the arguments of the op
 
 
 DISPATCHED = Operations(
     fwd=lambda p, backend: fwd(*p.arguments(), backend),
     fwd_out=lambda p, backend, out: fwd_out(*p.arguments(), backend, out),
     append_kv=lambda a, backend: append_kv(*a.arguments(), backend),
-    bwd=bwd,
+    bwd=lambda p, backend, *given: bwd(*p.arguments(), backend, *given),
 )
-DIRECT = Operations(fwd=_attend, fwd_out=_attend_out, append_kv=_append, bwd=_bwd)
+DIRECT = Operations(fwd=_attend, fwd_out=_attend_out, append_kv=_append, bwd=_gradients)
 
 
 def is_plain() -> bool:

@@ -35,6 +35,13 @@ class derived:
         return self if problem is None else self.find(problem)
 
 
+def assembled(kind: type, attributes: dict[str, Any]) -> Any:
+    """A problem of all its fields, and of what is derived: what the constructor does, ten times faster."""
+    problem = object.__new__(kind)
+    object.__setattr__(problem, "__dict__", attributes)
+    return problem
+
+
 @dataclass(frozen=True, eq=False)
 class AttentionProblem:
     """One attention call.
@@ -146,11 +153,9 @@ class AttentionProblem:
 
     def with_q(self, q: Tensor) -> AttentionProblem:
         """The same call on other queries; what is derived stays, since the shape does."""
-        if torch.compiler.is_compiling():
-            return replace(self, q=q)
-        problem = object.__new__(AttentionProblem)
-        object.__setattr__(problem, "__dict__", vars(self) | {"q": q})  # ten times faster
-        return problem
+        return (
+            replace(self, q=q) if torch.compiler.is_compiling() else assembled(AttentionProblem, vars(self) | {"q": q})
+        )
 
 
 @dataclass(frozen=True, eq=False)

@@ -21,7 +21,7 @@ from torch.nn import Parameter
 from . import autograd, env, extension, ops
 from .call import Call, Result, results, run
 from .checks import Checks
-from .problem import AppendProblem, AttentionProblem
+from .problem import AppendProblem, AttentionProblem, assembled
 
 _is_grad_enabled, _is_deterministic = torch.is_grad_enabled, torch.are_deterministic_algorithms_enabled
 MAX_PLANS = 256  # for each function
@@ -83,9 +83,7 @@ class Template(NamedTuple):
         fields = self.fields.copy()
         for name, position in self.bound:
             fields[name] = values[position]
-        problem = object.__new__(self.kind)
-        object.__setattr__(problem, "__dict__", fields)  # what the constructor does, ten times faster
-        return problem
+        return assembled(self.kind, fields)
 
 
 class Plan(NamedTuple):

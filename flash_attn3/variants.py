@@ -8,7 +8,9 @@ and GQA are run-time values of one and the same kernel. Nothing here imports tor
 from __future__ import annotations
 
 import functools
+import itertools
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from .kernels import (
@@ -107,15 +109,27 @@ def bwd_variants() -> tuple[BwdVariant, ...]:
 
 
 @functools.cache
+def partial_bwd_variants() -> tuple[BwdVariant, ...]:
+    """Those of `bwd_variants` for some of the gradients: rarely used, and compiled then."""
+    return tuple(
+        replace(variant, dq=dq, dk=dk, dv=dv)
+        for variant in bwd_variants()
+        for dq, dk, dv in itertools.product((False, True), repeat=3)
+        if 0 < dq + dk + dv < 3
+    )
+
+
+@functools.cache
 def all_variants() -> tuple[Variant, ...]:
-    """Of every operation."""
+    """Of every operation, without those that are no more than a part of another one."""
     small = (COMBINE, COMBINE_SPLITS, METADATA, APPEND_KV, MERGE_STATE)
     return (*fwd_variants(), *mla_variants(), *small, BWD_PREPROCESS, *bwd_variants(), BWD_POSTPROCESS)
 
 
 def by_name(name: str) -> Variant | None:
     """The kernel of this name; of a forward also one that is not in the list."""
-    return next((variant for variant in all_variants() if variant.name == name), None) or FwdVariant.named(name)
+    listed = (*all_variants(), *partial_bwd_variants())
+    return next((variant for variant in listed if variant.name == name), None) or FwdVariant.named(name)
 
 
 def notes(names: str) -> list[str]:
@@ -217,15 +231,22 @@ def _select(
     return min(able, key=lambda variant: abs(variant.block_m - rows), default=None)
 
 
-def select_bwd(p: AttentionProblem) -> BwdVariant | None:
-    """The main kernel of the backward of `p`, None where there is none."""
-    return _select_bwd(p.q.dtype, p.q.shape[-1], p.v.shape[-1], p.softcap > 0)
+def select_bwd(p: AttentionProblem, dq: bool = True, dk: bool = True, dv: bool = True) -> BwdVariant | None:
+    """The main kernel of these gradients of `p`, None where there is none; for no gradient, the one of all."""
+    wanted = (dq, dk, dv) if dq or dk or dv else (True, True, True)
+    return _select_bwd(p.q.dtype, p.q.shape[-1], p.v.shape[-1], p.softcap > 0, wanted)
 
 
 @functools.cache
-def _select_bwd(dtype: torch.dtype, head_dim: int, head_dim_v: int, softcap: bool) -> BwdVariant | None:
-    wanted = (DTYPES.get(str(dtype)), held_in(head_dim, head_dim_v), softcap)
-    able = (v for v in bwd_variants() if (v.dtype, (v.head_dim, v.head_dim_v), v.softcap) == wanted)
+def _select_bwd(
+    dtype: torch.dtype, head_dim: int, head_dim_v: int, softcap: bool, grads: tuple[bool, bool, bool]
+) -> BwdVariant | None:
+    wanted = (DTYPES.get(str(dtype)), held_in(head_dim, head_dim_v), softcap, grads)
+    able = (
+        v
+        for v in (*bwd_variants(), *partial_bwd_variants())
+        if (v.dtype, (v.head_dim, v.head_dim_v), v.softcap, (v.dq, v.dk, v.dv)) == wanted
+    )
     return next(able, None)
 
 

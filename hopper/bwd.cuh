@@ -45,6 +45,8 @@ struct Bwd {
     static constexpr int kQueryPanels = (kM + kPanel - 1) / kPanel;
     // dQ goes through shared memory where there is room, and where its bandwidth allows.
     static constexpr bool kStaged = !kSharesKeys;
+    static constexpr bool kDscores = C.dscores();
+    static constexpr int kDeltaBytes = kDscores ? kM * sizeof(float) : 0;
     static constexpr int kProbs = 2;                      // where they begin in the exchange
     static constexpr int kBlockFloats = kM * C.head_dim;  // of dq_accum
     static_assert(kN == (kSharesKeys ? 1 : kConsumers) * kWarpgroupRows);
@@ -110,7 +112,7 @@ struct Bwd {
             if (warp == 0) {
                 if (sm90::elect()) produce(p, s, work, blocks);
             } else if (warp == 1) {
-                if (kStaged && p.dq.data && sm90::elect()) write_dq(p, s, work, blocks);
+                if (C.dq && kStaged && p.dq.data && sm90::elect()) write_dq(p, s, work, blocks);
             } else {
                 guard(p, s, work, blocks, warp - 2);
             }
@@ -131,10 +133,12 @@ struct Bwd {
             sm90::load(p.k_map, s.k_full, CacheHint::EVICT_FIRST, s.k[i], i * kPanel, first_key,
                        work.head_kv, work.seq.k_batch);
         }
-        sm90::arrive_expect(s.v_full, sizeof(s.v));
-        for (int i = 0; i < kPanelsV; ++i) {
-            sm90::load(p.v_map, s.v_full, CacheHint::EVICT_FIRST, s.v[i], i * kPanel, first_key,
-                       work.head_kv, work.seq.k_batch);
+        if constexpr (kDscores) {
+            sm90::arrive_expect(s.v_full, sizeof(s.v));
+            for (int i = 0; i < kPanelsV; ++i) {
+                sm90::load(p.v_map, s.v_full, CacheHint::EVICT_FIRST, s.v[i], i * kPanel, first_key,
+                           work.head_kv, work.seq.k_batch);
+            }
         }
         sm90::await_previous_kernels();
         Ring<kStages> q;
@@ -152,13 +156,15 @@ struct Bwd {
             sm90::load_bytes(s.lse[q.stage], p.lse_log2 + at, sizeof(s.lse[0]), s.q_full[q.stage]);
             q.advance();
             sm90::wait(s.dout_empty[dout.stage], dout.phase ^ 1);
-            sm90::arrive_expect(s.dout_full[dout.stage], sizeof(s.dout[0]) + sizeof(s.delta[0]));
+            sm90::arrive_expect(s.dout_full[dout.stage], sizeof(s.dout[0]) + kDeltaBytes);
             for (int i = 0; i < kPanelsV; ++i) {
                 sm90::load(p.dout_map, s.dout_full[dout.stage], CacheHint::EVICT_LAST,
                            s.dout[dout.stage][i], i * kPanel, row, steps.head, work.seq.q_batch);
             }
-            sm90::load_bytes(s.delta[dout.stage], p.delta + at, sizeof(s.delta[0]),
-                             s.dout_full[dout.stage]);
+            if constexpr (kDscores) {
+                sm90::load_bytes(s.delta[dout.stage], p.delta + at, kDeltaBytes,
+                                 s.dout_full[dout.stage]);
+            }
             dout.advance();
         }
     }
@@ -254,7 +260,8 @@ struct Bwd {
         const int first_panel = kSharesKeys ? warpgroup * kTiles : 0;
         const int first_panel_v = kSharesKeys ? warpgroup * kTilesV : 0;
         const int first_panel_dq = kSharesPanel ? 0 : warpgroup * kTilesDq;
-        const bool has_dv = kPanelsV == kConsumers * kTilesV || first_panel_v < kPanelsV;
+        const bool has_dv =
+            C.dv && (kPanelsV == kConsumers * kTilesV || first_panel_v < kPanelsV);
 
         const uint64_t k_rows = sm90::descriptor(s.k[0][warp_key - warp * 16], kRowGroupBytes, 0);
         const uint64_t v_rows = sm90::descriptor(s.v[0][warp_key - warp * 16], kRowGroupBytes, 0);
@@ -287,10 +294,16 @@ struct Bwd {
             issue_rows<C.dtype, C.head_dim>(acc_s, k_rows, sizeof(s.k[0]), q_rows + (first >> 4),
                                             sizeof(s.q[0][0]));
         };
+        // Of the following those are issued that the wanted gradients need.
         const auto issue_dp = [&](int pass) {
+            if (!kDscores) return;
             const size_t first = dout_stage() * sizeof(s.dout[0]) + pass * kQueries * kRowBytes;
             issue_rows<C.dtype, C.head_dim_v>(acc_dp, v_rows, sizeof(s.v[0]),
                                               dout_rows + (first >> 4), sizeof(s.dout[0][0]));
+        };
+        const auto share = [&](int buffer, const auto& operand, int first_query) {
+            store_operand(s.exchange[buffer + exchange_stage()], operand, warp_key, first_query,
+                          lane);
         };
         // Probabilities or dS^T times rows of a tile, from registers or from the exchange.
         const auto issue_gradient = [&](auto& acc, const unsigned* a, int buffer, uint64_t b,
@@ -304,15 +317,18 @@ struct Bwd {
             }
         };
         const auto issue_dv = [&](int pass) {
+            if (!C.dv) return;
             const size_t first = dout_stage() * sizeof(s.dout[0]) + pass * kQueries * kRowBytes;
             issue_gradient(acc_dv, probs[pass], kProbs, dout_columns + (first >> 4),
                            sizeof(s.dout[0][0]));
         };
         const auto issue_dk = [&](int pass) {
+            if (!C.dk) return;
             const size_t first = q_stage() * sizeof(s.q[0]) + pass * kQueries * kRowBytes;
             issue_gradient(acc_dk, dscores[pass], 0, q_columns + (first >> 4), sizeof(s.q[0][0]));
         };
         const auto issue_dq = [&] {
+            if (!C.dq) return;
             const size_t first = exchange_stage() * sizeof(s.exchange[0]);
             issue_columns<C.dtype, kN>(acc_dq, k_columns, sizeof(s.k[0]),
                                        ds_columns + (first >> 4));
@@ -388,7 +404,7 @@ struct Bwd {
                 scale[0] = s.key_scale[key];
                 scale[1] = s.key_scale[key + 8];
             }
-            if (steps.any()) sm90::wait(s.v_full, 0);
+            if (kDscores && steps.any()) sm90::wait(s.v_full, 0);
             const auto step = [&](auto is_cut) {
                 constexpr bool kCut = decltype(is_cut)::value;
                 const unsigned stage = count % kStagesDout, phase = count / kStagesDout % 2;
@@ -403,7 +419,7 @@ struct Bwd {
                         if constexpr (kCut) sm90::wait(s.dout_inspected[stage], phase);
                     }
                     issue_dp(pass);
-                    sm90::mma_wait<1>();
+                    sm90::mma_wait<kDscores ? 1 : 0>();
                     sm90::pin(acc_s);
                     const int first_query = own_query + pass * kQueries;
                     const float* lse = s.lse[q_stage()] + first_query + 2 * (lane % 4);
@@ -416,39 +432,38 @@ struct Bwd {
                         make_probabilities<C>(acc_s, probs[pass], lse, scale, p.softcap_scale,
                                               kept);
                         sm90::mma_wait<0>();
-                        sm90::pin(acc_dp);
+                        if constexpr (kDscores) sm90::pin(acc_dp);
                         const bool (&found)[kGuards] = s.dout_non_finite[stage];
-                        if (pass == 0 && (found[0] || found[1])) isolate(visible, m_block);
+                        if (C.dv && pass == 0 && (found[0] || found[1])) isolate(visible, m_block);
                         if constexpr (!kSharesKeys) issue_dv(pass);
-                        make_dscores<C>(acc_s, acc_dp, dscores[pass], delta, kept);
+                        if (kDscores) make_dscores<C>(acc_s, acc_dp, dscores[pass], delta, kept);
                     } else {
                         make_probabilities<C>(acc_s, probs[pass], lse, scale, p.softcap_scale,
                                               AllKept{});
                         if constexpr (!kSharesKeys) issue_dv(pass);
-                        sm90::mma_wait<kSharesKeys ? 0 : 1>();
-                        sm90::pin(acc_dp);
-                        make_dscores<C>(acc_s, acc_dp, dscores[pass], delta, AllKept{});
+                        if constexpr (kDscores) {
+                            sm90::mma_wait<C.dv && !kSharesKeys ? 1 : 0>();
+                            sm90::pin(acc_dp);
+                            make_dscores<C>(acc_s, acc_dp, dscores[pass], delta, AllKept{});
+                        }
                     }
-                    auto& ds_tile = s.exchange[exchange_stage()];
-                    store_operand(ds_tile, dscores[pass], warp_key, first_query, lane);
-                    if constexpr (kSharesKeys) {
-                        auto& probs_tile = s.exchange[kProbs + exchange_stage()];
-                        store_operand(probs_tile, probs[pass], warp_key, first_query, lane);
-                    }
+                    if (C.dq || (C.dk && kSharesKeys)) share(0, dscores[pass], first_query);
+                    if (C.dv && kSharesKeys) share(kProbs, probs[pass], first_query);
                     if (pass < kPasses - 1) issue_dk(pass);
                 }
-                sm90::fence_async_proxy();
-                sm90::sync_named(kExchange, kConsumerThreads);
+                if constexpr (C.dq || kSharesKeys) {
+                    sm90::fence_async_proxy();
+                    sm90::sync_named(kExchange, kConsumerThreads);
+                }
                 if constexpr (kSharesKeys) issue_dv(0);
                 issue_dq();
                 issue_dk(kPasses - 1);
-                sm90::mma_wait<1>();  // dV and dQ are there, dK still runs
-                pin_all(acc_dv);
-                pin_all(acc_dq);
+                sm90::mma_wait<C.dk ? 1 : 0>();  // dV and dQ are there, dK still runs
+                if constexpr (C.dv) pin_all(acc_dv);
+                if constexpr (C.dq) pin_all(acc_dq);
                 if (leader) sm90::arrive(s.dout_empty[stage]);
-                if (p.dq.data) add_dq(work, head, m_block);
-                sm90::mma_wait<0>();
-                pin_all(acc_dk);
+                if (C.dq && p.dq.data) add_dq(work, head, m_block);
+                if constexpr (C.dk) sm90::mma_wait<0>(), pin_all(acc_dk);
                 if (leader) sm90::arrive(s.q_empty[q_stage()]);
                 ++count;
             };
@@ -463,7 +478,7 @@ struct Bwd {
         sm90::release_next_kernel();
         const KeyWork work(p, blockIdx.x);
 #pragma unroll
-        for (int tile = 0; tile < kTiles; ++tile) {
+        for (int tile = 0; C.dk && tile < kTiles; ++tile) {
             store_key_gradient<C.dtype, kN>(p, work, p.dk, p.dk_parts, p.head_dim,
                                             (first_panel + tile) * kPanel, acc_dk[tile],
                                             p.softmax_scale, key, lane);

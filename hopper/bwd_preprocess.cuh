@@ -27,6 +27,7 @@ struct BwdPreprocess {
         int threads_of_row = 1;
         while (threads_of_row * kChunk < p.head_dim_v) threads_of_row *= 2;
         const int rows_at_once = kThreads / threads_of_row, part = threadIdx.x % threads_of_row;
+        const bool has_delta = p.delta || p.dsink;
         const float sink = p.sink ? load_sink(p, head) : -kInfinity;
         float dsink = 0.f;
         bool weightless = false;
@@ -37,8 +38,8 @@ struct BwdPreprocess {
             const KeyRange visible = visible_keys(p, seq, position);
             const bool sees = covered && visible.lo < visible.hi;
             float product = 0.f;
-            if (sees && part * kChunk < p.head_dim_v) {
-                product = dot(p, at(p.out, seq.q_batch, row, head) + part * kChunk,
+            if (has_delta && sees && part * kChunk < p.head_dim_v) {
+                product = dot(at(p.out, seq.q_batch, row, head) + part * kChunk,
                               at(p.dout, seq.q_batch, row, head) + part * kChunk);
             }
             for (int bit = 1; bit < threads_of_row; bit *= 2)
@@ -59,8 +60,9 @@ struct BwdPreprocess {
             // An infinite sum is none that probabilities can be computed from.
             const float exponent =
                 lse == kInfinity ? lse - lse : static_cast<double>(lse) * kLog2E64;
-            p.lse_log2[block * p.block_m + i] = counts ? exponent : kInfinity;
-            p.delta[block * p.block_m + i] = counts ? delta : 0.f;
+            const long long to = block * p.block_m + i;
+            if (p.lse_log2) p.lse_log2[to] = counts ? exponent : kInfinity;
+            if (p.delta) p.delta[to] = counts ? delta : 0.f;
         }
         finish(p, block, dsink, weightless);
     }
@@ -98,7 +100,7 @@ struct BwdPreprocess {
             static_cast<const char*>(x.data) + element * (x.dtype == Dtype::fp32 ? 4 : 2), x.dtype};
     }
 
-    static __device__ float dot(const BwdParams&, const Columns& out, const Columns& dout) {
+    static __device__ float dot(const Columns& out, const Columns& dout) {
         float sum = 0.f;
 #pragma unroll
         for (int i = 0; i < kChunk / 2; ++i) {
@@ -117,7 +119,7 @@ struct BwdPreprocess {
         if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = dsink;
         weightless = __syncthreads_or(weightless);
         if (threadIdx.x == 0) {
-            p.weightless[block] = weightless;
+            if (p.weightless) p.weightless[block] = weightless;
             if (p.semaphores) p.semaphores[block] = 0;
             if (p.dsink) {
                 float sum = 0.f;

@@ -54,7 +54,11 @@ struct BwdConfig {
     int stages = 2;       // tiles of Q in shared memory
     int stages_dout = 2;  // of dout
     bool softcap = false;
+    bool dq = true;  // gradients that it can compute
+    bool dk = true;
+    bool dv = true;
 
+    constexpr bool dscores() const { return dq || dk; }  // needs those of the scores
     constexpr bool shares_keys() const { return block_n == kWarpgroupRows; }
     constexpr int threads() const { return 128 * (consumers + 1); }
     constexpr int producer_registers() const { return consumers == 3 ? 32 : 24; }

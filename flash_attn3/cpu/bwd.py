@@ -101,8 +101,10 @@ class _Gradients:
             self._add_dsink(lse, delta, i0, i1)
         if self.dq is None and self.dk is None and self.dv is None:
             return True
-        acc_dq = heads.work.take("acc_dq", heads.num_heads, i1 - i0, self.p.head_dim).zero_()
-        stacked_dout, stacked_dq = stack(dout), stack(acc_dq)
+        acc_dq = None
+        if self.dq is not None:
+            acc_dq = heads.work.take("acc_dq", heads.num_heads, i1 - i0, self.p.head_dim).zero_()
+        stacked_dout = stack(dout)
         alive_bits = None if bool(alive.all()) else alive.int().neg_()
         first, end = heads.mask.keys(i0, i1)
         for block in range(first // BLOCK_N, -(-end // BLOCK_N) if first < end else 0):
@@ -116,11 +118,13 @@ class _Gradients:
             if self.dq is None and self.acc_dk is None:
                 continue
             dscores = stack(self._dscores(stacked_dout, v, probs, delta, tanh, keep))
-            self._matmul(dscores, k, keep, stacked_dq)
+            if acc_dq is not None:
+                self._matmul(dscores, k, keep, stack(acc_dq))
             if self.acc_dk is not None:
                 self._matmul(dscores, q, keep, self.acc_dk[block][:, rows], transposed=True)
-        if self.dq is not None:
-            heads.rows(self.dq)[:, i0:i1] = acc_dq.mul_(self.p.softmax_scale)
+        if acc_dq is None:
+            return True
+        heads.rows(self.dq)[:, i0:i1] = acc_dq.mul_(self.p.softmax_scale)
         return not self.masked or is_finite(acc_dq)
 
     def _delta(self, dout: Tensor, i0: int, i1: int) -> Tensor:

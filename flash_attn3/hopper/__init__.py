@@ -56,6 +56,6 @@ def unsupported_reason(p: AttentionProblem, needs_grad: bool) -> str | None:
 
 def kernel_name(p: AttentionProblem) -> str:
     """What computes the forward of `p`, and its gradients if there will be some, for people."""
-    needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (p.q, p.k, p.v, p.s_aux))
-    names = [variants.select(p).name, *([variants.select_bwd(p).name] if needs_grad else [])]
+    wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (p.q, p.k, p.v, p.s_aux)]
+    names = [variants.select(p).name, *([backward.variant(p, *wanted[:3]).name] if any(wanted) else [])]
     return ", ".join(names)

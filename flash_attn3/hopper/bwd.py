@@ -3,6 +3,9 @@
 
 Three launches: what each row needs (`bwd_preprocess`), all products (`bwd`), dq in its own dtype (`bwd_postprocess`).
 
+What is not wanted costs nothing: the main kernel of a part of the gradients has the products of these alone. It is
+compiled when first used; where it cannot be, the one of all gradients stands in, and stores the wanted ones.
+
 Workspace, from torch's caching allocator, with R = h * rows and rows those of q, those of a sequence rounded up to
 `block_m`: 8 R bytes for the LSE and delta, 4 R times the kernel's head_dim for sums of dq, 12 R / block_m for flags.
 Only where too few key blocks would fill the GPU, parts of dk and dv: 4 * num_splits bytes for each of their elements.
@@ -10,7 +13,9 @@ Only where too few key blocks would fill the GPU, parts of dk and dv: 4 * num_sp
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +25,11 @@ from ..heuristics import BwdLaunch
 from ..problem import AttentionProblem
 from ..variants import BwdVariant
 from . import launch
+from .fwd import MAX_PREPARED
+
+Given = tuple[Tensor, Tensor, Tensor, Tensor | None]  # dout, out, lse, dlse
+Grads = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]  # dq, dk, dv, dsink; None: not wanted
+PART_FLOATS = 32  # of 128 bytes, at which each part of the workspace starts
 
 
 def unsupported_reason(p: AttentionProblem) -> str | None:
@@ -61,41 +71,73 @@ def bwd(
     """Write the gradients that are not None."""
     no_rows, no_keys = lse.numel() == 0 or p.batch == 0, p.k.shape[-3] == 0
     packed_q, packed_k = p.cu_seqlens_q is not None, p.cu_seqlens_k is not None
-    grads = [grad if grad is None or launch.takes(grad) else torch.empty_like(grad) for grad in (dq, dk, dv)]
-    for grad, incomplete in zip(grads, (packed_q or no_keys, packed_k, packed_k), strict=True):
+    for grad, incomplete in ((dq, packed_q or no_keys), (dk, packed_k), (dv, packed_k), (dsink, False)):
         if grad is not None and (incomplete or no_rows):
             grad.zero_()  # there may be rows that belong to no sequence
-    if dsink is not None and no_rows:
-        dsink.zero_()
-    wanted = [None] * 3 if no_keys else grads
-    if not no_rows and any(grad is not None for grad in (*wanted, dsink)):
-        _launch(p, (dout, out, lse, dlse), (*wanted, dsink))
-    for grad, written in zip((dq, dk, dv), grads, strict=True):
-        if grad is not written:
-            grad.copy_(written)
+    grads = (None, None, None, dsink) if no_keys else (dq, dk, dv, dsink)
+    if no_rows or all(grad is None for grad in grads):
+        return
+    if not _launch(p, (dout, out, lse, dlse), grads):
+        _on_copies(p, (dout, out, lse, dlse), grads)
 
 
-def _launch(p: AttentionProblem, given: tuple[Tensor | None, ...], grads: tuple[Tensor | None, ...]) -> None:
-    dout, out, lse, dlse = given
-    dq, dk, dv, dsink = grads
-    dout, out, q, k, v = map(launch.taken, (dout, out, p.q, p.k, p.v))
-    device, stream = launch.place(q.device)
-    variant = variants.select_bwd(p)
-    plan = heuristics.bwd_launch(p, variant, launch.num_multiprocessors(device))
-    workspace = _workspace(p, variant, plan, dq is not None)
-    parts = [None if grad is None or plan.num_splits == 1 else _parts(grad, plan.num_splits) for grad in (dk, dv)]
+class Prepared(NamedTuple):
+    """All that metadata, bounds and the gradients that are wanted decide. Holds no tensor of a call."""
+
+    backward: Any  # _C.PreparedBwd; None where a tensor has to be copied first
+    status: Tensor | None = None
+    workspace: tuple[int, ...] = ()  # floats of its parts
+    num_splits: int = 1
+
+
+def _launch(p: AttentionProblem, given: Given, grads: Grads) -> bool:
+    """False, and nothing is launched, where kernels cannot take a tensor as it lies."""
+    layouts = [x if x is None else (x.dtype, x.stride()) for x in (p.q, p.k, p.v, *given, *grads)]
+    key = ("bwd", p.max_seqlen_q, p.max_seqlen_k, *layouts)
+    prepared = p.prepared.get(key)
+    if prepared is None:
+        if len(p.prepared) >= MAX_PREPARED:
+            p.prepared.clear()
+        prepared = p.prepared[key] = _prepare(p, given, grads)
+    if prepared.backward is None:
+        return False
+    memory = given[2].new_empty(sum(prepared.workspace))  # given[2]: lse
+    workspace = memory.split(prepared.workspace)
+    tensors = _tensors(p, given, grads, prepared.num_splits, workspace, prepared.status)
+    return launch.run(prepared.backward, tensors, launch.stream(p.q.device))
+
+
+def _tensors(
+    p: AttentionProblem, given: Given, grads: Grads, num_splits: int, workspace: Sequence[Tensor], word: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """The fields of BwdTensorsOf in csrc/ops.h."""
+    parts = [None if grad is None or num_splits == 1 else _parts(grad, num_splits) for grad in grads[1:3]]
     lengths = (p.cu_seqlens_q, p.cu_seqlens_k, p.seqused_q, p.seqused_k)
-    word = None if all(length is None for length in lengths) else status.device_word(q.device)
-    sink = None if dsink is None else p.s_aux
-    tensors = (q, k, v, dout, out, lse, dlse, dq, dk, dv, dsink, *lengths, sink, word, *workspace, *parts)
-    prepared = launch.module().PreparedBwd(
-        *map(launch.kernel, (variants.BWD_PREPROCESS, variant, variants.BWD_POSTPROCESS)),
-        tuple(map(launch.view, tensors)),
+    sink = None if grads[3] is None else p.s_aux
+    present = (part if part.numel() else None for part in workspace)
+    return (p.q, p.k, p.v, *given, *grads, *lengths, sink, word, *present, *parts)
+
+
+def _prepare(p: AttentionProblem, given: Given, grads: Grads) -> Prepared:
+    dout, out, lse, _ = given
+    dq, dk, dv, dsink = grads
+    if not all(map(launch.fit, (x for x in (p.q, p.k, p.v, dout, out, dq, dk, dv) if x is not None))):
+        return Prepared(None)
+    device, stream = launch.place(p.q.device)
+    main = variant(p, *(grad is not None for grad in grads[:3]))
+    plan = heuristics.bwd_launch(p, main, launch.num_multiprocessors(device))
+    workspace = _workspace(p, main, plan, grads)
+    lengths = (p.cu_seqlens_q, p.cu_seqlens_k, p.seqused_q, p.seqused_k)
+    word = None if all(length is None for length in lengths) else status.device_word(p.q.device)
+    memory = lse.new_empty(sum(workspace), device="meta").split(workspace)
+    backward = launch.module().PreparedBwd(
+        *map(launch.kernel, (variants.BWD_PREPROCESS, main, variants.BWD_POSTPROCESS)),
+        tuple(map(launch.view, _tensors(p, given, grads, plan.num_splits, memory, word))),
         device,
         stream,
-        dtype=launch.dtype(q.dtype),
+        dtype=launch.dtype(p.q.dtype),
         out_dtype=launch.dtype(out.dtype),
-        sink_dtype=launch.dtype(torch.float32 if sink is None else sink.dtype),
+        sink_dtype=launch.dtype(torch.float32 if dsink is None else p.s_aux.dtype),
         dq_dtype=_dtype(dq),
         dk_dtype=_dtype(dk),
         dv_dtype=_dtype(dv),
@@ -105,37 +147,50 @@ def _launch(p: AttentionProblem, given: tuple[Tensor | None, ...], grads: tuple[
         window_right=p.window_right,
         attention_chunk=p.attention_chunk,
         batch=p.batch,
-        block_m=variant.block_m,
-        block_n=variant.block_n,
-        accum_columns=variant.head_dim,
+        block_m=main.block_m,
+        block_n=main.block_n,
+        accum_columns=main.head_dim,
         **plan._asdict(),
     )
-    launch.run(prepared, tensors, stream)
+    return Prepared(backward, word, workspace, plan.num_splits)
+
+
+def variant(p: AttentionProblem, dq: bool, dk: bool, dv: bool) -> BwdVariant:
+    """The main kernel that computes what is wanted and nothing else, if it can be had."""
+    exact = variants.select_bwd(p, dq, dk, dv)
+    return variants.select_bwd(p) if launch.unobtainable(exact.name) else exact
 
 
 def _dtype(grad: Tensor | None) -> Any:
     return launch.dtype(torch.float32 if grad is None else grad.dtype)
 
 
-def _workspace(p: AttentionProblem, variant: BwdVariant, plan: BwdLaunch, has_dq: bool) -> tuple[Tensor | None, ...]:
-    """lse_log2, delta, dq_accum, weightless, semaphores, dsink_parts: parts of one tensor, see BwdParams."""
+def _workspace(p: AttentionProblem, main: BwdVariant, plan: BwdLaunch, grads: Grads) -> tuple[int, ...]:
+    """Floats of lse_log2, delta, dq_accum, weightless, semaphores, dsink_parts: see BwdParams."""
+    dq, dk, dv, dsink = (grad is not None for grad in grads)
+    products = dq or dk or dv
     blocks = p.num_heads * plan.num_workspace_blocks
-    rows = blocks * variant.block_m
-    sizes = (rows, rows, rows * variant.head_dim if has_dq else 0, blocks, blocks, blocks)
-    memory = p.q.new_empty(sum(map(_aligned, sizes)), dtype=torch.float32)
-    parts, start = [], 0
-    for size in sizes:
-        parts.append(memory[start : start + size])
-        start += _aligned(size)
-    lse_log2, delta, dq_accum, weightless, semaphores, dsink_parts = parts
-    ordered = semaphores.view(torch.int32) if has_dq and p.deterministic else None
-    return lse_log2, delta, dq_accum if has_dq else None, weightless.view(torch.int32), ordered, dsink_parts
-
-
-def _aligned(floats: int) -> int:
-    """So many that what follows starts at 128 bytes."""
-    return -(-floats // 32) * 32
+    rows = blocks * main.block_m
+    sizes = (
+        rows * products,
+        rows * (products and (main.dq or main.dk)),
+        rows * main.head_dim * dq,
+        blocks * products,
+        blocks * (dq and p.deterministic),
+        blocks * dsink,
+    )
+    return tuple(-(-size // PART_FLOATS) * PART_FLOATS for size in sizes)
 
 
 def _parts(grad: Tensor, num_splits: int) -> Tensor:
     return grad.new_empty((num_splits, *grad.shape), dtype=torch.float32)
+
+
+def _on_copies(p: AttentionProblem, given: Given, grads: Grads) -> None:
+    """`bwd` where kernels cannot take a tensor as it lies."""
+    q, k, v, dout, out = map(launch.taken, (p.q, p.k, p.v, *given[:2]))
+    written = [x if x is None else launch.taken(x) for x in grads[:3]]
+    _launch(replace(p, q=q, k=k, v=v), (dout, out, *given[2:]), (*written, grads[3]))
+    for grad, copy in zip(grads, written, strict=False):
+        if copy is not grad:
+            grad.copy_(copy)

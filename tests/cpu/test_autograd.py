@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -84,6 +86,9 @@ def test_only_what_is_wanted_is_computed(wanted: tuple[int, ...], monkeypatch: p
     backend = flash_attn3.runtime.backend("cpu")
     bwd = backend.bwd
     monkeypatch.setattr(backend, "bwd", lambda *arguments: given.append(arguments[-4:]) or bwd(*arguments))
+    module, products = sys.modules[bwd.__module__], []
+    matmul = module.matmul
+    monkeypatch.setattr(module, "matmul", lambda *args, **options: products.append(1) or matmul(*args, **options))
     tensors = [*dense(), *leaves((4,))]
     for i, x in enumerate(tensors):
         x.requires_grad_(i in wanted)
@@ -91,6 +96,8 @@ def test_only_what_is_wanted_is_computed(wanted: tuple[int, ...], monkeypatch: p
     flash_attn_func(*qkv, s_aux=sink).sum().backward()
     assert [i for i, grad in enumerate(given[0]) if grad is not None] == list(wanted)
     assert [i for i, x in enumerate(tensors) if x.grad is not None] == list(wanted)
+    dq, dk, dv = (i in wanted for i in range(3))
+    assert len(products) == 2 * ((dq or dk) + dq + dk + dv)  # of a tile of each sequence, besides its scores
     everything = [x.detach().requires_grad_() for x in tensors]
     flash_attn_func(*everything[:3], s_aux=everything[3]).sum().backward()
     assert all(bitwise_equal(tensors[i].grad, everything[i].grad) for i in wanted)

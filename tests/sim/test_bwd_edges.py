@@ -87,22 +87,7 @@ def test_groups_shared_out(shape: str, group: int, simulator) -> None:
         check_gradients(case | {"causal": True}, deterministic=True)
 
 
-# Which gradients, and where
-
-
-@pytest.mark.parametrize("wanted", itertools.product([False, True], repeat=4))
-def test_any_subset_of_gradients(wanted: tuple[bool, ...], simulator) -> None:
-    case = inputs(SHAPE, batch=1, num_heads=2, num_heads_kv=1, sink=True)
-    dout = values(case["q"].shape, torch.bfloat16, seed=9)
-    names = [name for name, want in zip(("q", "k", "v", "s_aux"), wanted, strict=True) if want]
-    every = dict(zip(("q", "k", "v", "s_aux"), gradients(case, dout), strict=True))
-    leaves = {name: case[name].clone().requires_grad_() for name in names}
-    out, _ = attend(case | leaves)
-    if not names:
-        assert not out.requires_grad
-        return
-    some = torch.autograd.grad(out, list(leaves.values()), dout)
-    assert same(some, tuple(every[name] for name in names))
+# Where gradients are written
 
 
 def test_one_gradient_for_packed_inputs(simulator) -> None:

@@ -26,7 +26,11 @@ def variant(request: pytest.FixtureRequest) -> BwdVariant:
 
 @pytest.fixture(scope="module")
 def loops(variant: BwdVariant, tmp_path_factory: pytest.TempPathFactory) -> list[list[str]]:
-    cubin: Path = tmp_path_factory.mktemp("cubin") / f"{variant.name}.cubin"
+    return loops_of(variant, tmp_path_factory.mktemp("cubin"))
+
+
+def loops_of(variant: BwdVariant, folder: Path) -> list[list[str]]:
+    cubin = folder / f"{variant.name}.cubin"
     cubin.write_bytes(build.obtain(variant).cubin)
     return sass.mma_loops(sass.disassemble(cubin), num_mma(variant))
 
@@ -44,8 +48,9 @@ def num_mma(variant: BwdVariant) -> int:
     panels, panels_v = -(-variant.head_dim // 64), -(-variant.head_dim_v // 64)
     tiles = panels // variant.consumers if shares_keys(variant) else 1
     tiles_v = -(-panels_v // variant.consumers) if shares_keys(variant) else 1
-    scores = passes(variant) * (variant.head_dim + variant.head_dim_v) // 16
-    return scores + (tiles + tiles_v) * variant.block_m // 16 + tiles * variant.block_n // 16
+    products = passes(variant) * (variant.head_dim + variant.head_dim_v * (variant.dq or variant.dk)) // 16
+    products += (tiles * variant.dk + tiles_v * variant.dv) * variant.block_m // 16
+    return products + tiles * variant.dq * variant.block_n // 16
 
 
 def num_scores(variant: BwdVariant) -> int:
@@ -55,6 +60,18 @@ def num_scores(variant: BwdVariant) -> int:
 
 def test_one_loop_without_masks_and_one_with(variant: BwdVariant, loops: list[list[str]]) -> None:
     assert [sass.count(loop, "HGMMA") for loop in loops] == [num_mma(variant)] * 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", variants.partial_bwd_variants(), ids=lambda variant: variant.name)
+def test_kernels_of_some_gradients(part: BwdVariant, tmp_path: Path) -> None:
+    """They have the products of these, each group of them issued as a whole, and as little to complain of."""
+    assert build.obtain(part).report.complaints == ()
+    groups = passes(part) * (1 + (part.dq or part.dk) + part.dk + part.dv) + part.dq
+    for loop in loops_of(part, tmp_path):
+        assert sass.count(loop, "HGMMA") == num_mma(part)
+        assert sass.count(loop, "WARPGROUP.ARRIVE") == groups
+        assert sass.count(loop, "LDL") == sass.count(loop, "STL") == 0
 
 
 def test_products_are_not_serialised(variant: BwdVariant, loops: list[list[str]]) -> None:

@@ -20,7 +20,8 @@ from flash_attn3 import UnsupportedError, build, hopper, ops, variants
 from flash_attn3.hopper import launch
 from flash_attn3.testing import bitwise_equal
 
-hopper_fwd = sys.modules["flash_attn3.hopper.fwd"]  # the package has a function of this name
+hopper_fwd = sys.modules["flash_attn3.hopper.fwd"]  # the package has functions of these names
+hopper_bwd = sys.modules["flash_attn3.hopper.bwd"]
 pytestmark = pytest.mark.unpoisoned
 ALLOCATIONS = ("aten.new_empty.default", "aten.empty_strided.default", "aten.empty_like.default")
 
@@ -89,6 +90,41 @@ def test_a_replayed_call_prepares_nothing(simulator, monkeypatch) -> None:
             patch.setattr(hopper_fwd, "_prepare", None)
             patch.setattr(hopper.cache, "_prepare", None)
             assert bitwise_equal(call(), expected)
+
+
+def train(*leaves: Tensor, dout: Tensor | None = None, **options: Any) -> tuple[Tensor, ...]:
+    out = flash_attn3.flash_attn_func(*leaves, causal=True, backend=BACKEND, **options)
+    return torch.autograd.grad(
+        out, [x for x in leaves if x.requires_grad], torch.ones_like(out) if dout is None else dout
+    )
+
+
+def leaves() -> list[Tensor]:
+    return [torch.randn(2, 70, heads, 64).bfloat16().requires_grad_() for heads in (4, 2, 2)]
+
+
+def test_a_replayed_gradient_prepares_nothing(simulator, monkeypatch) -> None:
+    for options in ({}, {"deterministic": True}, {"window_size": (30, 0)}):
+        tensors = leaves()
+        expected = train(*tensors, **options)
+        with monkeypatch.context() as patch:
+            patch.setattr(hopper_fwd, "_prepare", None)
+            patch.setattr(hopper_bwd, "_prepare", None)
+            assert all(map(bitwise_equal, train(*tensors, **options), expected))
+
+
+def test_gradients_that_differ_in_layout_share_nothing_prepared(simulator) -> None:
+    """Of one plan: other strides of dout, a misaligned dout, other gradients, inputs that were saved elsewhere."""
+    q, k, v = leaves()
+    strided = torch.randn(2, 4, 70, 64).bfloat16().transpose(1, 2).requires_grad_()
+    dout = torch.randn(2, 70, 4, 64).bfloat16()
+    expected = train(q, k, v, dout=dout), train(strided, k, v, dout=dout)
+    assert all(map(bitwise_equal, train(q, k, v, dout=dout.transpose(1, 2).contiguous().transpose(1, 2)), expected[0]))
+    shifted = torch.cat([dout.new_zeros(1), dout.flatten()])[1:].view(dout.shape)
+    assert all(map(bitwise_equal, train(q, k, v, dout=shifted), expected[0]))
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x.contiguous(), lambda x: x):
+        assert all(map(bitwise_equal, train(strided, k, v, dout=dout), expected[1]))
+    assert bitwise_equal(*train(q.detach(), k, v.detach(), dout=dout), expected[0][1])
 
 
 def test_bounds_that_grow_by_steps_share_what_is_prepared(simulator, monkeypatch) -> None:
