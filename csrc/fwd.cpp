@@ -79,6 +79,7 @@ void set_addresses(FwdParams& params, const PreparedFwd::Addresses& at) {
     params.kv_batch_idx = static_cast<const int*>(at.kv_batch_idx);
     params.page_table = static_cast<const int*>(at.page_table);
     params.cp_tot_seqused_k = static_cast<const int*>(at.cp_tot_seqused_k);
+    params.tree_mask = static_cast<const int*>(at.tree_mask);
     params.k.data = at.k;
     params.v.data = at.v;
     params.sink = at.sink;
@@ -115,6 +116,8 @@ PreparedFwd::PreparedFwd(Kernel& kernel, const Tensors& tensors, const Options& 
     set_slots(params_, k, tensors.page_table);
     set_outputs(params_, tensors, options);
     set_scores(params_, options);
+    params_.tree_rows =
+        tensors.tree_mask.rank ? length("tree_mask", tensors.tree_mask.size[1]) : -1;
     params_.sink_dtype = options.sink_dtype;
     params_.batch = options.batch;
     params_.seqlen_k_new = options.seqlen_k_new;

@@ -26,6 +26,7 @@ struct FwdTensorsOf {
     T kv_batch_idx;      // (b,)
     T page_table;        // (b | rows, pages), the stride of pages is 1
     T cp_tot_seqused_k;  // (b,)
+    T tree_mask;         // (b, s, ceil(s / 32)), contiguous
     T sink;              // (h,)
     T parts;  // fp32: [num_splits, part_rows, h, dv], then [num_splits, part_rows, h], contiguous
     T metadata;  // see FwdParams

@@ -22,6 +22,7 @@
 #include "sm90/wgmma.cuh"
 #include "softcap.cuh"
 #include "softmax.cuh"
+#include "visible.cuh"
 
 namespace fa3 {
 
@@ -323,12 +324,7 @@ struct Fwd {
             uint32_t probabilities[kN / 4];  // acc_s as the A operand of the second product
             Softmax softmax{p.scale_log2};
             if (!blocks.empty()) {
-                KeyRange visible[2];
-                const auto see = [&] {
-                    for (int h = 0; h < 2; ++h)
-                        visible[h] =
-                            visible_keys(p, work.seq, work.position + (row + 8 * h) / p.pack);
-                };
+                VisibleKeys visible(p, work, row);
                 const auto mask = [&](int n) { hide(acc_s, visible, n * kN + 2 * (lane % 4)); };
                 const auto no_mask = [](int) {};
 
@@ -423,7 +419,7 @@ struct Fwd {
                     inspected.advance();
                 };
 
-                see();
+                visible.find();
                 sm90::wait(s.q_full[box_of(p, work, warpgroup)], work.loads & 1);
                 await_k();
                 issue_qk();
@@ -437,7 +433,7 @@ struct Fwd {
                 // cuts. What a row sees is found twice: kept through the whole blocks, it would
                 // cost registers there.
                 for (int n = blocks.hi - 2, end = blocks.full_hi; n >= blocks.lo; end = blocks.lo) {
-                    if (end == blocks.lo) see();
+                    if (end == blocks.lo) visible.find();
 #pragma unroll 1
                     for (; n >= end; --n) {
                         step(n, mask);

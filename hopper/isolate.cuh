@@ -68,10 +68,10 @@ __device__ bool inspect_row(unsigned short (&x)[kPanels][kRows][kPanel], int row
 }
 
 // Adds the block's non-finite values to the accumulators of the rows that see them. Layout of acc
-// as of a product with V; `first_key` is that of the block.
-template <Dtype T, int kPanels, int kKeys, int R>
+// as of a product with V; `visible` are the keys of both rows, `first_key` that of the block.
+template <Dtype T, int kPanels, int kKeys, int R, typename Visible>
 __device__ void add_non_finite(const unsigned short (&v)[kPanels][kKeys][kPanel], float (&acc)[R],
-                               const KeyRange (&visible)[2], int first_key, int lane) {
+                               const Visible& visible, int first_key, int lane) {
 #pragma unroll 1
     for (int key = 0; key < kKeys; ++key) {
         const bool seen[2] = {visible[0].holds(first_key + key), visible[1].holds(first_key + key)};

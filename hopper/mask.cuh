@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Which keys a query row sees: an interval, whatever the mask.
+// Which keys a query row sees: an interval, whatever the mask. A tree mask hides keys in it, see
+// visible.cuh.
 #pragma once
 
 #include "params.h"
@@ -40,6 +41,11 @@ __device__ inline KeyRange visible_keys(const FwdParams& p, const Sequence& seq,
 __device__ inline KeyRange visible_keys(const BwdParams& p, const Sequence& seq, int position) {
     return aligned_keys(p, position + seq.num_keys - seq.num_rows, seq.num_keys);
 }
+
+__device__ inline bool has_tree(const FwdParams& p) { return p.tree_rows >= 0; }
+
+// Draft tokens, of which a tree mask hides some, are the last keys of a sequence, from here on.
+__device__ inline int first_draft(const Sequence& seq) { return seq.num_keys - seq.num_rows; }
 
 // The queries that see a key: an interval too, whose both ends grow with the key.
 __device__ inline KeyRange visible_rows(const BwdParams& p, const Sequence& seq, int key) {
@@ -118,27 +124,6 @@ __device__ inline int held_below(int limit) {
 __device__ inline unsigned kept_bits(const KeyRange& visible, int first) {
     return sm90::low_bits(held_below(visible.hi - first)) &
            ~sm90::low_bits(held_below(visible.lo - first));
-}
-
-// -inf at the scores of invisible keys; `first_key` is that of scores[0]. A bit for each score,
-// since ptxas turns constant bits of a register into predicates, seven at a time.
-template <int R>
-__device__ void hide(float (&scores)[R], const KeyRange (&visible)[2], int first_key) {
-    constexpr int kScores = R / 2, kBits = 32;
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-        const int lo = held_below(visible[h].lo - first_key),
-                  hi = held_below(visible[h].hi - first_key);
-#pragma unroll
-        for (int first = 0; first < kScores; first += kBits) {
-            const unsigned keep = sm90::low_bits(hi - first) & ~sm90::low_bits(lo - first);
-#pragma unroll
-            for (int i = first; i < min(first + kBits, kScores); ++i) {
-                float& score = scores[4 * (i / 2) + 2 * h + i % 2];
-                score = keep & 1u << (i - first) ? score : -kInfinity;
-            }
-        }
-    }
 }
 
 }  // namespace fa3

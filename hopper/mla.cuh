@@ -21,6 +21,7 @@
 #include "sm90/wgmma.cuh"
 #include "softcap.cuh"
 #include "softmax.cuh"
+#include "visible.cuh"
 
 namespace fa3 {
 
@@ -291,7 +292,7 @@ struct Mla {
         }
 
         // After it, V is finite; what was not has been added to the rows that see it.
-        __device__ void isolate(float (&acc)[kColumns / 2], const KeyRange (&visible)[2],
+        __device__ void isolate(float (&acc)[kColumns / 2], const VisibleKeys& visible,
                                 int first_key) const {
             Element(&v)[kHalfPanels][kN][kPanel] =
                 reinterpret_cast<Element(&)[kHalfPanels][kN][kPanel]>(
@@ -344,9 +345,8 @@ struct Mla {
             uint32_t probabilities[kN / 4];  // acc_s as the A operand of the second product
             Softmax softmax{p.scale_log2};
             if (!blocks.empty()) {
-                KeyRange visible[2];
-                for (int h = 0; h < 2; ++h)
-                    visible[h] = visible_keys(p, work.seq, work.position + (row + 8 * h) / p.pack);
+                VisibleKeys visible(p, work, row);
+                visible.find();
                 bool non_finite = false;  // in the block whose scores were issued last
                 const auto begin = [](auto& acc) {
                     sm90::pin(acc);
@@ -455,9 +455,8 @@ struct Mla {
             float acc_o[kColumns / 2] = {};
             Softmax softmax{p.scale_log2};
             if (!blocks.empty()) {
-                KeyRange visible[2];
-                for (int h = 0; h < 2; ++h)
-                    visible[h] = visible_keys(p, work.seq, work.position + (row + 8 * h) / p.pack);
+                VisibleKeys visible(p, work, row);
+                visible.find();
                 const auto release = [&] {
                     __syncwarp();
                     if (lane == 0) sm90::arrive(s.p_empty);

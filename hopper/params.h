@@ -98,6 +98,10 @@ struct FwdParams {
     // Context parallel: key j is key j * cp_world_size + cp_rank of cp_tot_seqused_k[n] in all.
     int cp_world_size, cp_rank;
     const int* cp_tot_seqused_k;  // [b]
+    // The last n_q keys are draft tokens, of which row i sees token u only if bit u of row i of
+    // tree_mask[n] is set.
+    const int* tree_mask;  // [b, tree_rows, ceil(tree_rows / 32)]
+    int tree_rows;         // -1: there is no tree
     float scale_log2;  // softmax_scale * log2(e), with softcap softcap * log2(e); at least FLT_MIN
     float softcap_scale;  // 2 log2(e) softmax_scale / softcap; 0: off
     const void* sink;     // [h] logits, added to the denominator of every row

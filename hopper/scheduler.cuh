@@ -156,9 +156,10 @@ __device__ void set_work(const FwdParams& p, Work& work, int& loads, int batch, 
     work.positions = positions;
     __syncwarp();
     const int last = min(work.position + positions, work.seq.num_rows) - 1;
-    const KeyRange own = visible_keys(p, work.seq, lane == 0 ? work.position : last);
+    KeyRange own = visible_keys(p, work.seq, lane == 0 ? work.position : last);
     const KeyRange of_last{__shfl_sync(0xffffffff, own.lo, 1), __shfl_sync(0xffffffff, own.hi, 1)};
     if (lane > 0) return;
+    if (has_tree(p)) own.hi = min(own.hi, first_draft(work.seq));  // of what every row sees
     work.blocks = work.position > last || work.tile.split >= work.splits.count
                       ? KeyBlocks{}
                       : key_blocks<kBlockN>(own, of_last, work.splits, work.tile.split);

@@ -64,6 +64,7 @@ struct Sequence {
                 used(p.cp_tot_seqused_k, n, kUnbounded, Argument::cp_tot_seqused_k, tell);
         }
         keys_written = k.size;
+        if (p.tree_rows >= 0 && rows_written > p.tree_rows) tell(Argument::tree_mask);
     }
 
     template <typename Tell = Quiet>

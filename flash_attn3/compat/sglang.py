@@ -50,8 +50,12 @@ def flash_attn_with_kvcache(
     *,
     only_qv: bool = False,
     out: Tensor | None = None,
+    tree_mask: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`sgl_kernel.flash_attn.flash_attn_with_kvcache`: attend to a cache, usually paged and already written."""
+    """`sgl_kernel.flash_attn.flash_attn_with_kvcache`: attend to a cache, usually paged and already written.
+
+    And `tree_mask`, see `flash_attn3.flash_attn_with_kvcache`.
+    """
     return cache_api.flash_attn_with_kvcache(
         q,
         k_cache,
@@ -86,6 +90,7 @@ def flash_attn_with_kvcache(
         s_aux=sinks,
         only_qv=only_qv,
         out=out,
+        tree_mask=tree_mask,
     )
 
 

@@ -35,7 +35,6 @@ def unsupported_reason(p: AttentionProblem, needs_grad: bool) -> str | None:
     """Why this backend does not serve `p`, or None; looks at no content of a tensor."""
     missing = {
         "fp8": p.k.dtype.itemsize == 1,
-        "tree_mask": p.tree_mask is not None,
         "2^30 rows or more": max(p.q.shape[-3], p.key_capacity) >= MAX_LENGTH,
     }
     names = [name for name, used in missing.items() if used]

@@ -26,6 +26,7 @@ INDEX_TENSORS = (
     "kv_batch_idx",
     "page_table",
     "cp_tot_seqused_k",
+    "tree_mask",
     "scheduler_metadata",
 )
 
@@ -88,6 +89,7 @@ def _tensors(p: AttentionProblem, *others: Tensor | None) -> tuple[Tensor | None
         p.kv_batch_idx,
         p.page_table,
         p.cp_tot_seqused_k if p.cp_world_size > 1 else None,
+        p.tree_mask,
         p.s_aux,
         parts,
         schedule,

@@ -30,8 +30,6 @@ __all__ = [
 
 def unsupported_reason(p: AttentionProblem, needs_grad: bool) -> str | None:
     """Why this backend does not serve `p`, or None."""
-    if p.tree_mask is not None:
-        return "has no kernel with tree_mask yet"
     return _bwd.unsupported_reason(p) if needs_grad else None
 
 

@@ -25,6 +25,7 @@ PAGE_TABLE = tl.constexpr(status.BITS["page_table"])
 KV_BATCH_IDX = tl.constexpr(status.BITS["kv_batch_idx"])
 ROTARY_SEQLENS = tl.constexpr(status.BITS["rotary_seqlens"])
 CP_TOT_SEQUSED_K = tl.constexpr(status.BITS["cp_tot_seqused_k"])
+TREE_MASK = tl.constexpr(status.BITS["tree_mask"])
 
 
 @triton.jit

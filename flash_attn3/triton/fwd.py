@@ -22,6 +22,7 @@ from .common import (
     LOG2_E,
     PAGE_TABLE,
     SEQUSED_Q,
+    TREE_MASK,
     block_ranges,
     clamp,
     dot,
@@ -44,7 +45,9 @@ from .tiles import (
     key_range,
     load_finite,
     load_rows,
+    seen_in_tree,
     store_rows,
+    tree_rows_of,
 )
 
 MAX_TOTAL_KEYS = tl.constexpr(2**30)  # keeps positions within 32 bits
@@ -68,6 +71,7 @@ SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # stands for a scale of 0, whi
         "attention_chunk",
         "cp_world_size",
         "cp_rank",
+        "tree_rows",
         "stride_page_table",
         "blocks_q_descale",
         "blocks_k_descale",
@@ -97,6 +101,7 @@ def fwd_kernel(
     kv_batch_idx,
     page_table,
     cp_tot_seqused_k,
+    tree_mask,
     status_word,
     stride_q,  # (b, s, h), as of k (b: of a page, if there are any), v and qv
     stride_k,
@@ -127,6 +132,7 @@ def fwd_kernel(
     attention_chunk,
     cp_world_size,
     cp_rank,
+    tree_rows,
     score_scale,  # before the softcap
     logit_scale,  # after it, or without one: > 0, so that a score of -inf stays one
     GROUP: tl.constexpr,
@@ -184,7 +190,7 @@ def fwd_kernel(
         total_keys = load_clamped(cp_tot_seqused_k + batch, 0, MAX_TOTAL_KEYS, status_word, CP_TOT_SEQUSED_K)
     mask = (seqlen_q, total_keys, window_left, window_right, attention_chunk, seqlen_k, cp_world_size, cp_rank)
     low, high = key_range(token, *mask)
-    first_limits = key_range(first_token, *mask)
+    first_low, first_high = key_range(first_token, *mask)
     last_limits = key_range(last_token, *mask)
     sequence_low, _ = key_range(0, *mask)
     _, sequence_high = key_range(seqlen_q - 1, *mask)
@@ -192,7 +198,12 @@ def fwd_kernel(
     split_blocks = tl.maximum(split_blocks, min_split_blocks)
     split_start = sequence_low // BLOCK_N + split * split_blocks
     split_end = split_start + split_blocks
-    start, full_start, full_end, end = block_ranges(*first_limits, *last_limits, BLOCK_N)
+    first_draft = seqlen_k - seqlen_q
+    tree = tree_rows_of(tree_mask, batch, token, tree_rows, first_draft)
+    if tree_mask is not None:
+        note(status_word, TREE_MASK, extent_q > tree_rows)
+        first_high = tl.minimum(first_high, tl.maximum(first_draft, 0))
+    start, full_start, full_end, end = block_ranges(first_low, first_high, *last_limits, BLOCK_N)
     bounds = (
         clamp(start, split_start, split_end),
         clamp(full_start, split_start, split_end),
@@ -291,6 +302,8 @@ def fwd_kernel(
                 acc_s = tanh(acc_s * score_scale)
             if part != 1:
                 visible = (key[None, :] >= low[:, None]) & (key[None, :] < high[:, None])
+                if tree_mask is not None:
+                    visible &= seen_in_tree(tree, first, BLOCK_N)
                 acc_s = tl.where(visible, acc_s, float("-inf"))
 
             # (score - max) * scale in this order: exact for the largest score, and never fused differently.
@@ -319,7 +332,19 @@ def fwd_kernel(
             acc_o = total
             if part == 3:
                 acc_o = add_special(
-                    acc_o, start_v, row_v, finite, first, low, high, seqlen_k, dtype_v, HEAD_DIM_V, BLOCK_N, BLOCK_DV
+                    acc_o,
+                    start_v,
+                    row_v,
+                    finite,
+                    first,
+                    low,
+                    high,
+                    seqlen_k,
+                    tree,
+                    dtype_v,
+                    HEAD_DIM_V,
+                    BLOCK_N,
+                    BLOCK_DV,
                 )
     note(status_word, PAGE_TABLE, tl.max(bad_pages, 0) > 0)
 
@@ -417,6 +442,7 @@ def _launch(
         p.kv_batch_idx,
         p.page_table,
         p.cp_tot_seqused_k if p.cp_world_size > 1 else None,
+        p.tree_mask,
         status.device_word(q.device),
         row_strides(q, packed=packed_q),
         row_strides(k, packed=packed_k),
@@ -447,6 +473,7 @@ def _launch(
         p.attention_chunk,
         p.cp_world_size,
         p.cp_rank,
+        0 if p.tree_mask is None else p.tree_mask.shape[1],
         score_scale,
         logit_scale,
         GROUP=group,

@@ -62,6 +62,36 @@ def key_range(row, seqlen_q, total_keys, window_left, window_right, attention_ch
 
 
 @triton.jit
+def tree_rows_of(tree_mask, batch, token, rows, first_draft):
+    """(pointers to the words of each row `token`, how many words there are, first draft token), or Nones."""
+    if tree_mask is None:
+        return None, None, None
+    else:
+        num_words = tl.cdiv(rows, 32)
+        words = tree_mask + (batch.to(tl.int64) * rows + token) * num_words
+        return words, tl.where(token < rows, num_words, 0), first_draft
+
+
+@triton.jit
+def word_of_tree(tree, index):
+    """(rows,) 32 bits of each row: all set for a negative index, which is of keys in front of the draft tokens."""
+    word = tl.load(tree[0] + index, mask=(index >= 0) & (index < tree[1]), other=0)
+    return tl.where(index < 0, -1, word)
+
+
+@triton.jit
+def seen_in_tree(tree, first, BLOCK_N: tl.constexpr):
+    """(rows, BLOCK_N): whether rows see the keys from `first` on, as far as the tree says."""
+    token = first - tree[2] + tl.arange(0, BLOCK_N)
+    first_word = (first - tree[2]) >> 5
+    seen = tl.zeros((tree[1].shape[0], BLOCK_N), tl.int32)
+    for i in tl.static_range(BLOCK_N // 32 + 1):
+        word = word_of_tree(tree, first_word + i)
+        seen |= tl.where((token >> 5 == first_word + i)[None, :], word[:, None] >> (token & 31)[None, :], 0)
+    return seen & 1 != 0
+
+
+@triton.jit
 def load_rows(x, offset, mask, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """Rows of WIDTH elements at `offset` in a tile BLOCK wide, 0 elsewhere; `mask` over rows, or None for all."""
     column = tl.arange(0, BLOCK)
@@ -94,6 +124,7 @@ def add_special(
     low,
     high,
     seqlen_k,
+    tree,  # see `tree_rows_of`
     dtype: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -109,6 +140,9 @@ def add_special(
         value = widen(tl.load(pointers, mask=(column < WIDTH) & (key < seqlen_k), other=0), dtype).to(tl.float32)
         special = ~(tl.abs(value) < float("inf"))
         sees = (key >= low) & (key < high)
+        if tree[0] is not None:
+            token = key - tree[2]
+            sees = sees & (word_of_tree(tree, token >> 5) >> (token & 31) & 1 != 0)
         acc = tl.where(sees[:, None] & special[None, :], acc + value[None, :], acc)
     return acc
 

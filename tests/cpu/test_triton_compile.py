@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 
 from flash_attn3 import env, flash_attn_combine, merge_state, runtime
 from flash_attn3.problem import AppendProblem
-from flash_attn3.testing import call, make_inputs, with_descales
+from flash_attn3.testing import call, draft_trees, make_inputs, packed_bits, with_descales
 
 pytestmark = pytest.mark.skipif(env.triton_interpret(), reason="the interpreter does not compile")
 BF16, E4M3 = torch.bfloat16, torch.float8_e4m3fn
@@ -73,6 +73,15 @@ def test_forward(arch: str, head_dims: tuple[int, int], dtype: torch.dtype, seql
     assert matrix_instruction in forward.assembly
     assert forward.spilled <= MAX_SPILLED[max(head_dims)], f"{forward.spilled} bytes spilled"
     assert combine.spilled == 0
+
+
+@pytest.mark.parametrize("arch", ["sm_80", pytest.param("gfx942", marks=slow)])
+def test_draft_trees(arch: str, compile_for) -> None:
+    case = make_inputs("paged", seqlen_q=40, seqlen_k=300, head_dim=128)
+    case["tree_mask"] = packed_bits(draft_trees(2, 40))
+    (forward,) = compile_for(arch, lambda: call(case, backend="triton"))
+    assert MATRIX_INSTRUCTION[arch] in forward.assembly
+    assert forward.spilled <= MAX_SPILLED[128], f"{forward.spilled} bytes spilled"
 
 
 @pytest.mark.parametrize(

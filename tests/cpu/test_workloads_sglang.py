@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.profiler import profile
 
 from flash_attn3.compat import sglang
-from flash_attn3.testing import GradCheck, bitwise_equal, call, values
+from flash_attn3.testing import GradCheck, bitwise_equal, values
 
 TM = 1.5  # widens the bounds of what is merged from 16-bit parts
 H, H_KV, D = 4, 2, 64
@@ -147,7 +147,7 @@ def test_a4_tree_verify() -> None:
 
     masks = [[[sum(1 << u for u in row)] for row in rows] for rows in ancestors]
     one_call = pool.case(q, [draft] * 3) | {"tree_mask": torch.tensor(masks, dtype=torch.int32)}
-    check.check_forward(*call(one_call))
+    check.check_forward(*attend(one_call))
 
 
 def test_a5_local_attention_three_ways() -> None:

@@ -10,7 +10,17 @@ import torch
 from torch import Tensor
 
 import flash_attn3
-from flash_attn3.testing import GradCheck, bitwise_equal, call, make_inputs, pairwise, with_append
+from flash_attn3.testing import (
+    GradCheck,
+    bitwise_equal,
+    call,
+    draft_trees,
+    make_inputs,
+    packed_bits,
+    pairwise,
+    poison,
+    with_append,
+)
 
 DEVICE, BACKEND = "cuda", "hopper"
 CACHES = ("k", "v", "k_new", "v_new")
@@ -50,6 +60,16 @@ def test_append_and_attend(choice: dict[str, Any]) -> None:
     check.check_forward(*(x.cpu() for x in call(there, backend=BACKEND, num_splits=choice["num_splits"])))
     call(case, backend="cpu")  # which writes the same slots
     assert all(bitwise_equal(there[name].cpu(), case[name]) for name in "kv")
+
+
+@pytest.mark.parametrize("num_splits", [1, 0])
+@pytest.mark.parametrize("seqlen_q", [8, 64])
+def test_draft_trees(seqlen_q: int, num_splits: int) -> None:
+    sizes = dict(batch=5, seqlen_q=seqlen_q, seqlen_k=2000, num_heads=32, num_heads_kv=8, head_dim=128)
+    case = make_inputs("paged", least_k=seqlen_q, dtype=torch.bfloat16, **sizes)
+    case = poison(case | {"tree_mask": packed_bits(draft_trees(5, seqlen_q))})
+    results = call(moved(case), backend=BACKEND, num_splits=num_splits)
+    GradCheck(case).check_forward(*(x.cpu() for x in results))
 
 
 def decode_step(batch: int = 8, capacity: int = 3000) -> tuple[dict[str, Any], dict[str, Tensor]]:
