@@ -91,7 +91,6 @@ PreparedBwd::PreparedBwd(Kernel& preprocess, Kernel& main, Kernel& postprocess,
     set_layouts(params_, tensors, options);
     set_scores(params_, options);
     params_.sink_dtype = options.sink_dtype;
-    params_.dtype = options.dtype;
     params_.batch = options.batch;
     params_.seqlen_q = length("q", q.size[kRow]);
     params_.seqlen_k = length("k", k.size[kRow]);

@@ -59,8 +59,8 @@ struct BwdPostprocess {
                 const float scale = p.softmax_scale;
                 const bool zero = position >= seq.num_rows;
                 store(p.dq, seq.q_batch, seq.first_row + position, head, to,
-                      zero ? float4{} : float4{y.x * scale, y.y * scale, y.z * scale, y.w * scale},
-                      p.dtype);
+                      zero ? float4{}
+                           : float4{y.x * scale, y.y * scale, y.z * scale, y.w * scale});
             }
             __syncwarp();
         }
@@ -102,12 +102,12 @@ struct BwdPostprocess {
                     *reinterpret_cast<const float4*>(from + split * parts.split_stride);
                 sum = {sum.x + x.x, sum.y + x.y, sum.z + x.z, sum.w + x.w};
             }
-            store(to, seq.k_batch, row, head, column, sum, p.dtype);
+            store(to, seq.k_batch, row, head, column, sum);
         }
     }
 
     static __device__ void store(const BwdParams::Tensor& x, int batch, long long row, int head,
-                                 int column, const float4& y, Dtype dtype) {
+                                 int column, const float4& y) {
         const long long element =
             batch * x.batch_stride + row * x.row_stride + head * x.head_stride + column;
         if (x.dtype == Dtype::fp32) {
@@ -115,7 +115,7 @@ struct BwdPostprocess {
             return;
         }
         uint2& words = *reinterpret_cast<uint2*>(static_cast<unsigned short*>(x.data) + element);
-        if (dtype == Dtype::bf16) {
+        if (x.dtype == Dtype::bf16) {
             words = {sm90::pack<Dtype::bf16>(y.x, y.y), sm90::pack<Dtype::bf16>(y.z, y.w)};
         } else {
             words = {sm90::pack<Dtype::fp16>(y.x, y.y), sm90::pack<Dtype::fp16>(y.z, y.w)};

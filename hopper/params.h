@@ -162,7 +162,6 @@ struct BwdParams {
     int* status;  // as in FwdParams
 
     int batch, seqlen_q, seqlen_k, num_heads, num_heads_kv, head_dim, head_dim_v;
-    Dtype dtype;  // of Q, K, V, dout
 
     int window_left, window_right, attention_chunk;  // as in FwdParams
     float scale_log2, softcap_scale;                 // as in FwdParams

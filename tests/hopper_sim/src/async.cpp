@@ -120,7 +120,9 @@ void check_global(AsyncOperation& op) {
         if (!order) return;
         if (op.is_load())
             order->read(w, *op.at, address, bytes);
-        else if (!op.reduce)
+        else if (op.reduce)
+            order->bulk_add(w, *op.at, address, bytes);
+        else
             order->bulk_write(w, *op.at, address, bytes);
     });
 }

@@ -63,6 +63,7 @@ const Names<Setter> kSetters = {
     {"coverage", [](Config& c, const std::string& v) { number(c.coverage, v); }},
     {"check", [](Config& c, const std::string& v) { number(c.check, v); }},
     {"races", [](Config& c, const std::string& v) { number(c.races, v); }},
+    {"ordered_sums", [](Config& c, const std::string& v) { number(c.ordered_sums, v); }},
     {"quiet", [](Config& c, const std::string& v) { number(c.quiet, v); }},
     {"sticky", [](Config& c, const std::string& v) { number(c.sticky, v); }},
     {"fp8_acc", [](Config& c, const std::string& v) { number(c.fp8_accumulator_bits, v); }},

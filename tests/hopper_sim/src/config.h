@@ -31,6 +31,7 @@ struct Config {
     bool coverage = false;  // count executions of each PTX line
     bool check = true;      // hazards
     bool races = true;
+    bool ordered_sums = false;  // bulk reductions of two blocks at one place must have an order
     bool sticky = false;
     bool quiet = false;            // messages only into the report
     u32 fp8_accumulator_bits = 0;  // 0: fp32

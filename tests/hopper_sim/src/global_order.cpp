@@ -35,8 +35,8 @@ Footprint& unfinished_grids() {
     return footprint;
 }
 
-GlobalOrder::GlobalOrder(bool programmatic, bool races)
-    : programmatic_(programmatic), races_(races) {}
+GlobalOrder::GlobalOrder(bool programmatic, bool races, bool ordered_sums)
+    : programmatic_(programmatic), races_(races), ordered_sums_(ordered_sums) {}
 
 // Calls visit(line, piece of the line, mask of its bytes).
 template <class Visit>
@@ -112,6 +112,16 @@ void GlobalOrder::write(Warp& w, const Instruction& i, u64 address, u64 bytes) {
 void GlobalOrder::bulk_write(Warp& w, const Instruction& i, u64 address, u64 bytes) {
     const BlockOrder& block = w.cta->global;
     enter(w, i, address, bytes, 2 * block.number + 1, block.bulk_stores);
+}
+
+void GlobalOrder::bulk_add(Warp& w, const Instruction& i, u64 address, u64 bytes) {
+    if (ordered_sums_) return bulk_write(w, i, address, bytes);
+    each_piece(address, bytes, [&](u64 line, u8 piece, u16 mask) {
+        own_.written[line] |= static_cast<u8>(1u << piece);
+        check_dependency(w, i, line, piece, true);
+        auto found = written_.find(line);
+        if (found != written_.end()) check_order(w, i, found->second[piece], mask, "adds to");
+    });
 }
 
 void GlobalOrder::synchronise(Warp& w, const Instruction& i, u64 address, u64 bytes, bool reads,

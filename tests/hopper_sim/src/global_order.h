@@ -35,11 +35,14 @@ struct BlockOrder {
 
 class GlobalOrder {
   public:
-    GlobalOrder(bool programmatic, bool races);
+    // With `ordered_sums`, what bulk reductions of two blocks add up must have an order too.
+    GlobalOrder(bool programmatic, bool races, bool ordered_sums);
     void read(Warp& w, const Instruction& i, u64 address, u64 bytes);
     void write(Warp& w, const Instruction& i, u64 address, u64 bytes);
     // Pieces written by a bulk store, which others may see once the thread has waited for it.
     void bulk_write(Warp& w, const Instruction& i, u64 address, u64 bytes);
+    // Pieces that a bulk reduction adds to.
+    void bulk_add(Warp& w, const Instruction& i, u64 address, u64 bytes);
     // An access that may order blocks: an atomic, or a relaxed, acquire or release one.
     void synchronise(Warp& w, const Instruction& i, u64 address, u64 bytes, bool reads,
                      bool writes);
@@ -63,7 +66,7 @@ class GlobalOrder {
                      const char* verb);
     void check_dependency(Warp& w, const Instruction& i, u64 line, u8 piece, bool writes);
 
-    bool programmatic_, races_;
+    bool programmatic_, races_, ordered_sums_;
     bool somebody_waits_ = false;
     Footprint own_;
     std::unordered_map<u64, Line> written_;

@@ -312,7 +312,8 @@ void launch(const Kernel& kernel, const LaunchShape& shape, const u8* parameters
     grid.smem_names = smem_names;
     grid.report = &report;
     grid.random.seed(config.seed);
-    if (config.check) grid.global = std::make_unique<GlobalOrder>(shape.programmatic, config.races);
+    if (config.check) grid.global = std::make_unique<GlobalOrder>(shape.programmatic, config.races,
+                                                    config.ordered_sums);
     if (config.coverage) grid.coverage.resize(kernel.code.size());
     Scheduler scheduler(grid);
     auto finish = [&] {

@@ -58,6 +58,24 @@ FAULTS = {
         SPIN.format(order=".acquire.gpu") + READ,
     ),
 }
+ADD = STORE.replace(
+    "cp.async.bulk.global.shared::cta.bulk_group", "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32"
+)
+WAITED = "@%p1 cp.async.bulk.wait_group 0;\n"
+SUMS = {
+    "without a release": blocks(
+        STAGE + ADD + WAITED + FENCE + RAISE, SPIN.format(order=".acquire.gpu") + STAGE + ADD + WAITED
+    ),
+    "without an acquire": blocks(
+        STAGE + ADD + WAITED + "fence.acq_rel.gpu;\n" + RAISE,
+        SPIN.format(order=".relaxed.gpu") + FENCE + STAGE + ADD + WAITED,
+    ),
+    "whose source has been read": blocks(
+        STAGE + ADD + "@%p1 cp.async.bulk.wait_group 0; // needed\n@%p1 cp.async.bulk.wait_group.read 0; // fault\n"
+        "fence.acq_rel.gpu;\n" + RAISE,
+        SPIN.format(order=".acquire.gpu") + STAGE + ADD + WAITED,
+    ),
+}
 POLICIES = ["coresident=2", "policy=random,coresident=2", "policy=lazy,coresident=2"]
 
 
@@ -74,6 +92,27 @@ def test_blocks(driver: hopper_sim.Driver, name: str, policy: str) -> None:
     with pytest.raises(
         hopper_sim.DriverError, match=r"hazard global-race: (reads|overwrites) global memory that block"
     ):
+        ptx.run(driver, fault.faulty(), memory(), grid=2, module=faults.SHARED)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("name", SUMS)
+def test_sums_in_an_order(driver: hopper_sim.Driver, name: str, policy: str) -> None:
+    """Only where one is wanted: sums in any order are no race."""
+    fault = SUMS[name]
+    driver.configure(f"quiet=1,{policy}")
+    ptx.run(driver, fault.faulty(), memory(), grid=2, module=faults.SHARED)
+    driver.configure("ordered_sums=1")
+    ptx.run(driver, fault.corrected(), memory(), grid=2, module=faults.SHARED)
+    with pytest.raises(hopper_sim.DriverError, match="hazard global-race: overwrites global memory that block"):
+        ptx.run(driver, fault.faulty(), memory(), grid=2, module=faults.SHARED)
+
+
+def test_sums_onto_what_another_block_writes(driver: hopper_sim.Driver) -> None:
+    fault = blocks(WRITE + FENCE + RAISE, SPIN.format(order=".acquire.gpu") + STAGE + ADD + WAITED)
+    driver.configure("quiet=1,coresident=2")
+    ptx.run(driver, fault.corrected(), memory(), grid=2, module=faults.SHARED)
+    with pytest.raises(hopper_sim.DriverError, match="hazard global-race: adds to global memory that block"):
         ptx.run(driver, fault.faulty(), memory(), grid=2, module=faults.SHARED)
 
 
@@ -94,6 +133,7 @@ DEPENDENT = {
     "read": WAIT + "ld.global.b32 %r1, [%a0];",
     "write": WAIT + "st.global.b32 [%a0], 6;",
     "write what is read": WAIT + "st.global.b32 [%a0+64], 6;",
+    "add": START + STAGE + WAIT + ADD + WAITED,
     "load": faults.START
     + faults.BARRIERS
     + WAIT
