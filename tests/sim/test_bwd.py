@@ -38,6 +38,14 @@ def test_features(choice: dict[str, Any], simulator) -> None:
     check_gradients(case, deterministic=choice["deterministic"])
 
 
+@pytest.mark.parametrize("approx", ["low", "high", "mixed"])
+def test_softcap_of_inexact_instructions(approx: str, simulator) -> None:
+    """Gradients keep their bounds at the errors that PTX allows, where tanh is steep and where it is flat."""
+    simulator.configure(f"approx={approx}")
+    case = inputs("bf16_d64_v64", batch=1, seqlen_q=150, seqlen_k=200, num_heads=2, num_heads_kv=1)
+    check_gradients(case | {"softcap": 30.0, "softmax_scale": 1.0, "causal": True})
+
+
 @pytest.mark.parametrize("causal", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("seqlen_q", EDGES)
 def test_sizes(seqlen_q: int, causal: bool, simulator) -> None:
