@@ -35,7 +35,9 @@ def calls() -> list[Callable[[], tuple[Tensor, ...]]]:
     sizes = dict(num_heads=2, num_heads_kv=1)
     ragged = inputs(shape, "padded", batch=2, seqlen_q=150, seqlen_k=400, **sizes) | {"causal": True}
     groups = dict(num_heads=3, num_heads_kv=1)  # which leave rows of a tile unused
-    window = inputs(shape, batch=1, seqlen_q=130, seqlen_k=450, **groups) | {"window_size": (150, 20)}
+    window = inputs(shape, batch=1, seqlen_q=130, seqlen_k=450, **groups) | {
+        "window_size": (280, 20)
+    }  # whole blocks, too
     window["v"][0, 130, 0, 3] = window["v"][0, 445, 0, 7] = torch.inf  # in the first block of a tile, and in another
     paged = inputs(shape, "paged", batch=2, seqlen_q=70, seqlen_k=520, page_size=128, **sizes)
     return [partial(attend, ragged), partial(attend, window), partial(attend, paged, num_splits=2)]
