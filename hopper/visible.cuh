@@ -86,12 +86,10 @@ struct VisibleKeys {
     __device__ int position(int h) const { return work.position + (offsets >> 8 * h & 0xff); }
 };
 
-// -inf at the scores of invisible keys; `first_key` is that of scores[0]. A bit for each score,
-// since ptxas turns constant bits of a register into predicates, seven at a time.
-template <int R>
-__device__ void hide(float (&scores)[R], const VisibleKeys& visible, int first_key) {
-    constexpr int kScores = R / 2;  // of a row
-    static_assert(kScores <= 32);
+// The scores `kFirst` to `kEnd` of each row, at most 32, a bit for each: ptxas turns constant bits
+// of a register into predicates, seven at a time.
+template <int kFirst, int kEnd, int R>
+__device__ void hide_some(float (&scores)[R], const VisibleKeys& visible, int first_key) {
     unsigned keep[2] = {kept_bits(visible.range[0], first_key),
                         kept_bits(visible.range[1], first_key)};
     if (has_tree(visible.p)) {
@@ -105,11 +103,20 @@ __device__ void hide(float (&scores)[R], const VisibleKeys& visible, int first_k
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
 #pragma unroll
-        for (int i = 0; i < kScores; ++i) {
+        for (int i = kFirst; i < kEnd; ++i) {
             float& score = scores[4 * (i / 2) + 2 * h + i % 2];
-            score = keep[h] & 1u << i ? score : -kInfinity;
+            score = keep[h] & 1u << (i - kFirst) ? score : -kInfinity;
         }
     }
+}
+
+// -inf at the scores of invisible keys; `first_key` is that of scores[0].
+template <int R>
+__device__ void hide(float (&scores)[R], const VisibleKeys& visible, int first_key) {
+    constexpr int kScores = R / 2, kBits = 32;  // of a row
+    hide_some<0, (kScores < kBits ? kScores : kBits)>(scores, visible, first_key);
+    if constexpr (kScores > kBits)
+        hide_some<kBits, kScores>(scores, visible, first_key + 4 * kBits);
 }
 
 }  // namespace fa3
