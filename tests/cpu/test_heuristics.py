@@ -72,7 +72,7 @@ def test_products_bind_where_they_take_longer() -> None:
     assert heuristics.split_seconds(1, 2 * H100, 10, **costs) == pytest.approx(2 * (heuristics.TILE_SECONDS + 10e-6))
 
 
-@pytest.mark.parametrize(("tiles", "blocks"), itertools.product([1, 3, 8, 16, 50, 66, 100], [1, 2, 7, 64, 1000]))
+@pytest.mark.parametrize(("tiles", "blocks"), list(itertools.product([1, 3, 8, 16, 50, 66, 100], [1, 2, 7, 64, 1000])))
 def test_the_choice_is_near_the_best_and_the_fewest_that_is(tiles: int, blocks: int) -> None:
     costs = dict(part_bytes=8 * 4096, num_multiprocessors=H100, **DECODE)
     chosen = heuristics.fewest_splits(tiles, blocks, **costs)

@@ -42,7 +42,7 @@ def dense(s_q=5, s_k=7, h=4, h_kv=2, d=8, dv=16, grad=False) -> tuple[torch.Tens
 
 
 @pytest.mark.parametrize("options", MASKS)
-@pytest.mark.parametrize("n_q, n_k", itertools.product([0, 1, 3, 8], [0, 1, 5, 8]))
+@pytest.mark.parametrize("n_q, n_k", list(itertools.product([0, 1, 3, 8], [0, 1, 5, 8])))
 def test_visible_is_the_definition(n_q, n_k, options):
     left, right = (math.inf if side in (-1, None) else side for side in options.get("window_size", (-1, -1)))
     right = 0 if options.get("causal") else right

@@ -65,7 +65,7 @@ def test_a1_extend_on_a_radix_prefix() -> None:
     assert all(same(results[0], other) for other in results[1:])
 
 
-@pytest.mark.parametrize("page_size, num_splits", itertools.product([1, 16, 64], [0, 1, 4]))
+@pytest.mark.parametrize("page_size, num_splits", list(itertools.product([1, 16, 64], [0, 1, 4])))
 def test_a2_decode(page_size: int, num_splits: int) -> None:
     lengths, new = [1, 17, 64, 65, 300], [1] * 5
     queries, keys, vals = self_attention(lengths)
@@ -172,7 +172,7 @@ def test_a5_local_attention_three_ways() -> None:
         GradCheck(case).check_forward(*attend(case))
 
 
-@pytest.mark.parametrize("page_size, new", itertools.product([1, 64], [1, 4]))
+@pytest.mark.parametrize("page_size, new", list(itertools.product([1, 64], [1, 4])))
 @pytest.mark.parametrize("only_qv", [False, True])
 def test_a6_mla_absorbed(page_size: int, new: int, only_qv: bool) -> None:
     """K and V are slices of 576-wide rows, read by all 16 heads; nothing of the pool is copied."""

@@ -95,7 +95,7 @@ def test_a_misaligned_cache_is_announced_once(simulator) -> None:
         check({"q": q, "k": k, "v": v, "seqused_k": lengths})
 
 
-@pytest.mark.parametrize("expanded", itertools.product([0, 2], ["k", "v", "q"]))
+@pytest.mark.parametrize("expanded", list(itertools.product([0, 2], ["k", "v", "q"])))
 def test_expanded_tensors(expanded: tuple[int, str], simulator) -> None:
     """A stride of 0 along the batch or the heads."""
     dim, name = expanded
