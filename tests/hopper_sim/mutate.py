@@ -98,6 +98,8 @@ def weakened(text: str) -> Iterator[tuple[str, str]]:
     elif re.match(r"bar(rier)?\.(cta\.)?(sync|arrive)", opcode) and len(args) == 2:
         yield "count + 32 in", replaced(text, 1, "add.u32", 32)
         yield "count - 32 in", replaced(text, 1, "add.u32", -32)
+    elif re.match(r"bar(rier)?\.(cta\.)?red\.(or|and)\.pred", opcode):
+        yield "no barrier in", f"mov.pred {args[0]}, {args[-1]};"
     elif ".multicast::cluster" in opcode:
         yield (
             "first block left out of",
