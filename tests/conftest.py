@@ -59,6 +59,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         tier = Path(item.path).relative_to(Path(__file__).parent).parts[0]
         item.add_marker(tier)
+        # The simulator stays the driver of its process: with --dist loadgroup, it has one of its own.
+        item.add_marker(pytest.mark.xdist_group("sim" if tier == "sim" else "others"))
         if tier == "gpu" and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
 
