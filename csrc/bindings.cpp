@@ -298,11 +298,13 @@ PYBIND11_MODULE(_C, m) {
     bind_prepared<PreparedMerge>(m, "PreparedMerge");
     bind_prepared<PreparedBwd, Kernel, Kernel>(m, "PreparedBwd");
 
-    py::class_<CallKey>(m, "CallKey", py::module_local(),
-                        "What the checks of a call look at, as bytes; None where that cannot be said.")
-        .def(py::init<py::tuple, py::tuple, py::frozenset>(), py::arg("parameters"), py::arg("tensors"),
-             py::arg("bounds"))
-        .def("__call__", &CallKey::operator(), py::arg("args"), py::arg("kwargs"), py::arg("state"));
+    py::class_<CallKey>(
+        m, "CallKey", py::module_local(),
+        "What the checks of a call look at, as bytes; None where that cannot be said.")
+        .def(py::init<py::tuple, py::tuple, py::frozenset>(), py::arg("parameters"),
+             py::arg("tensors"), py::arg("bounds"))
+        .def("__call__", &CallKey::operator(), py::arg("args"), py::arg("kwargs"),
+             py::arg("state"));
 
     m.def("encode_tensor_map", &tensor_map_bytes, py::arg("tensor"), py::arg("type"),
           py::arg("element_bytes"), py::arg("view"), py::arg("box"), py::arg("swizzle"),

@@ -3,6 +3,7 @@
 
 #include <array>
 #include <cstdint>
+#include <string>
 #include <utility>
 
 namespace py = pybind11;
@@ -119,7 +120,9 @@ bool write_constants(std::string& key, PyObject* tuple) {
 }  // namespace
 
 CallKey::CallKey(py::tuple parameters, py::tuple tensors, py::frozenset bounds)
-    : parameters_(std::move(parameters)), tensors_(std::move(tensors)), bounds_(std::move(bounds)) {}
+    : parameters_(std::move(parameters)),
+      tensors_(std::move(tensors)),
+      bounds_(std::move(bounds)) {}
 
 py::object CallKey::operator()(py::tuple args, py::dict kwargs, py::tuple state) const {
     std::string key;
@@ -130,8 +133,9 @@ py::object CallKey::operator()(py::tuple args, py::dict kwargs, py::tuple state)
         const bool tensor = is_tensor(value);
         if (!tensor) {
             if (PyTuple_CheckExact(value)) return write_constants(key, value);
-            const bool may_be_bound = PyLong_CheckExact(value) && name != nullptr;
-            return write_constant(key, value, may_be_bound && PySet_Contains(bounds_.ptr(), name) == 1);
+            const bool is_bound = name != nullptr && PyLong_CheckExact(value) &&
+                                  PySet_Contains(bounds_.ptr(), name) == 1;
+            return write_constant(key, value, is_bound);
         }
         if (num_seen == kMaxTensors || !write_tensor(key, value)) return false;
         // Which of the tensors are one and the same.
@@ -162,8 +166,9 @@ py::object CallKey::operator()(py::tuple args, py::dict kwargs, py::tuple state)
 }
 
 bool CallKey::is_tensor(PyObject* value) const {
+    const auto type = reinterpret_cast<PyObject*>(Py_TYPE(value));
     for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(tensors_.ptr()); ++i)
-        if (reinterpret_cast<PyObject*>(Py_TYPE(value)) == PyTuple_GET_ITEM(tensors_.ptr(), i)) return true;
+        if (PyTuple_GET_ITEM(tensors_.ptr(), i) == type) return true;
     return false;
 }
 
